@@ -1,0 +1,219 @@
+"""Put LRP rules on one model instance, and take them off again.
+
+Everything is set on instances (their ``forward``) or under names of our own (an attention function
+``sparc3_sdpa`` that calls ``sdpa``); no class and no existing registry entry is touched. The forward runs the
+model's own code, so logits are unchanged to the last bit.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from sparc3_kernels.norm import layer_norm_backward, rms_norm_backward
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sparc3 import autograd
+from sparc3.autograd import Recomputed, WeightSink, scale_gradient
+from sparc3.families import Family, Prunable, activation_name, blocks_of, family_of, find
+from sparc3.rules import Rule
+
+_ATTENTION_PREFIX = "sparc3_"
+
+
+@contextmanager
+def wrap(
+    model: PreTrainedModel,
+    rule: Rule,
+    weights: Mapping[str, Prunable] | None = None,
+    sink: WeightSink | None = None,
+) -> Iterator[None]:
+    """Within the context, the backward through ``model`` follows ``rule``.
+
+    Parameters need no gradient inside, and the model is in eval mode; both are restored.
+
+    Args:
+        model: a causal language model of a declared family.
+        rule: the rules.
+        weights: the weights whose (g, x) go to ``sink``, by name. None: none.
+        sink: where they go.
+
+    Raises:
+        InputError: the architecture or its activation is not known.
+    """
+    family = family_of(model)
+    names = {id(weight.module): weight for weight in (weights or {}).values()}
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        stack.enter_context(_attention(model, family, rule))
+        replace = partial(_replace_forward, stack)
+        for path, module in model.named_modules():
+            if path.endswith(("q_norm", "k_norm")) or _is_norm(module):
+                inner = path.endswith(("q_norm", "k_norm"))
+                share = rule.qknorm_scale_gradient if inner else rule.norm_scale_gradient
+                replace(module, partial(_norm, _norm_backward(module, family, share)))
+            elif id(module) in names and names[id(module)].attribute == "weight":
+                assert sink is not None
+                replace(module, partial(_linear, names[id(module)], sink))
+        for index, block in enumerate(blocks_of(model)):
+            experts = find(block, family.experts)
+            if experts is not None:
+                prefix = f"{family.blocks}.{index}.{family.experts}"
+                replace(experts, partial(_experts, experts, rule, prefix, weights or {}, sink))
+            elif find(block, family.mlp) is not None:
+                replace(find(block, family.mlp), partial(_gated_mlp, find(block, family.mlp), family, rule))
+            else:
+                activation = find(block, family.activation)
+                kind = activation_name(activation)
+                replace(activation, partial(_activation, kind, rule.activation_identity))
+        yield
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def _replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """module(*args) becomes forward(original, *args) until the stack closes."""
+    previous = module.__dict__.get("forward")
+    module.forward = partial(forward, module.forward)
+
+    def restore() -> None:
+        if previous is None:
+            del module.forward
+        else:
+            module.forward = previous
+
+    stack.callback(restore)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+
+
+def _norm_backward(
+    module: nn.Module, family: Family, scale_gradient: float
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    if family.norm == "layer":
+        return lambda dy, x: layer_norm_backward(dy, x, module.weight, module.eps, scale_gradient)
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    offset = 1.0 if family.norm == "rms+1" else 0.0
+    return lambda dy, x: rms_norm_backward(dy, x, module.weight, eps, offset, scale_gradient)
+
+
+def _norm(backward: Callable[..., torch.Tensor], forward: Callable[..., torch.Tensor], x: torch.Tensor) -> Any:
+    y = autograd.Norm.apply(x, forward, backward)
+    return Recomputed.attach(y, lambda: forward(x.detach()))
+
+
+def _linear(weight: Prunable, sink: WeightSink, forward: Callable[..., torch.Tensor], x: torch.Tensor) -> Any:
+    recomputed = getattr(x, "_sparc3_recompute", None)
+    return autograd.Linear.apply(x, recomputed, forward, weight.canonical(weight.weight), weight.name, sink)
+
+
+def _activation(kind: str, identity: bool, forward: Callable[..., torch.Tensor], x: torch.Tensor) -> Any:
+    y = autograd.Activation.apply(x, forward, kind, identity)
+    return Recomputed.attach(y, lambda: forward(x.detach()))
+
+
+def _gated_mlp(mlp: nn.Module, family: Family, rule: Rule, _: Callable[..., Any], x: torch.Tensor) -> Any:
+    activation = mlp.get_submodule(family.activation.removeprefix(f"{family.mlp}."))
+    down = mlp.get_submodule(family.mlp_output.removeprefix(f"{family.mlp}."))
+    if family.up is None:
+        gate, up = mlp.get_submodule(family.gate)(x).chunk(2, dim=-1)
+    else:
+        gate, up = mlp.get_submodule(family.gate)(x), mlp.get_submodule(family.up)(x)
+    product = autograd.GatedProduct.apply(
+        gate, up, activation, activation_name(activation), rule.activation_identity, rule.product_scales
+    )
+    return down(Recomputed.attach(product, lambda: activation(gate.detach()) * up.detach()))
+
+
+def _experts(
+    module: nn.Module,
+    rule: Rule,
+    prefix: str,
+    weights: Mapping[str, Prunable],
+    sink: WeightSink | None,
+    forward: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    index: torch.Tensor,
+    router_weights: torch.Tensor,
+) -> Any:
+    names = tuple(
+        name if (name := f"{prefix}.{attribute}") in weights else None
+        for attribute in ("gate_up_proj", "down_proj")
+    )
+    kind = activation_name(module.act_fn)
+    return autograd.Experts.apply(
+        x,
+        router_weights,
+        index,
+        module,
+        forward,
+        kind,
+        rule.activation_identity,
+        rule.product_scales,
+        names,
+        sink,
+    )
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, family: Family, rule: Rule) -> Iterator[None]:
+    implementation = model.config._attn_implementation
+    name = _register_attention(implementation)
+    modules = [find(block, family.attention) for block in blocks_of(model)]
+    for module in modules:
+        module._sparc3_scales = rule.attention_scales
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = implementation
+        for module in modules:
+            del module._sparc3_scales
+
+
+def _register_attention(implementation: str) -> str:
+    """Register an attention function of our own that scales the gradients of q, k, v and calls the given one."""
+    if implementation.startswith(_ATTENTION_PREFIX):
+        return implementation
+    name = _ATTENTION_PREFIX + implementation
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return name
+
+    def attention(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> Any:
+        if implementation == "eager":
+            function = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        else:
+            function = ALL_ATTENTION_FUNCTIONS[implementation]
+        scales = getattr(module, "_sparc3_scales", (1.0, 1.0, 1.0))
+        scaled = (scale_gradient(x, scale) for x, scale in zip((query, key, value), scales, strict=True))
+        return function(module, *scaled, mask, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
