@@ -1,0 +1,252 @@
+"""Scores of weights: how much each one matters, one tensor a prunable weight.
+
+Relevance of a weight (arXiv 2506.13727, Eq. 8): R_W[j, i] = W[j, i] * sum_t g[t, j] x[t, i], with g the relevance
+(or gradient) of the linear's output and x its input. Over samples s it is reduced to
+
+============ ====================== ==========================================================
+reduce       score                  source
+============ ====================== ==========================================================
+signed       W * sum_s G_s^T X_s    the paper's Eq. 1; ranked by magnitude when pruning
+abs          |W| sum_s |G_s^T X_s|  SNIP on samples (Wei et al. 2024)
+square       W^2 sum_s (G_s^T X_s)^2
+token-square W^2 (G*G)^T (X*X)      every token its own sample: the empirical Fisher's diagonal
+============ ====================== ==========================================================
+
+A weight that is already zero scores -inf, so that it is pruned first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sparc3_kernels.weight_relevance import REDUCTIONS, accumulate_weight_relevance_
+from transformers import PreTrainedModel
+
+from sparc3.engine import Blocks, attribute_batch
+from sparc3.errors import InputError
+from sparc3.families import Prunable, prunable
+from sparc3.rules import Rule
+from sparc3.samples import Batch, batches
+from sparc3.targets import TargetFunction, check_target
+from sparc3.wrap import wrap
+
+if TYPE_CHECKING:
+    from sparc3.mask import Mask
+
+# Tokens that go through the model at once; more fill a GEMM no better.
+_TOKENS_IN_FLIGHT = 2048
+
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Scores:
+    """One fp32 tensor [..., out, in] a weight, and how it was made.
+
+    Attributes:
+        tensors: by state-dict name, canonical orientation.
+        transposed: names stored as [in, out].
+        fingerprint: of the model that was scored (sparc3.mask.fingerprint).
+        settings: method, rule, target, reduce, samples, length, ... as plain JSON values.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    transposed: frozenset[str] = frozenset()
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self.tensors.items())
+
+    def select(self, sparsity: float | None, pattern: str = "row", by: str = "magnitude") -> Mask:
+        """The mask that prunes the lowest scores; see sparc3.select.select."""
+        from sparc3.select import select
+
+        return select(self, sparsity, pattern, by)
+
+
+class Accumulators:
+    """One fp32 accumulator a weight, filled in the backward of each linear (a sparc3.autograd.WeightSink)."""
+
+    def __init__(self, weights: Mapping[str, Prunable], reduce: str, skip_first: bool = False) -> None:
+        self.weights, self.reduce, self.skip_first = weights, reduce, skip_first
+        self.samples = 1
+        self.sums = {
+            name: torch.zeros_like(weight.canonical(weight.weight), dtype=torch.float32).contiguous()
+            for name, weight in weights.items()
+        }
+
+    def linear(self, name: str, g: torch.Tensor, x: torch.Tensor) -> None:
+        g, x = g.view(self.samples, -1, g.shape[-1]), x.view(self.samples, -1, x.shape[-1])
+        if self.skip_first:
+            g, x = g[:, 1:], x[:, 1:]
+        accumulate_weight_relevance_(self.sums[name], g, x, self.reduce)
+
+    def expert(self, name: str, index: int, g: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor) -> None:
+        sample = torch.div(tokens, self.length, rounding_mode="floor")
+        if self.skip_first:
+            inner = tokens % self.length > 0
+            g, x, sample = g[inner], x[inner], sample[inner]
+        for number in torch.unique(sample).tolist():
+            of_sample = sample == number
+            accumulate_weight_relevance_(
+                self.sums[name][index], g[of_sample][None], x[of_sample][None], self.reduce
+            )
+
+    def start(self, batch: Batch) -> None:
+        """Say which samples the next backward is about."""
+        self.samples, self.length = batch["input_ids"].shape
+
+    def scores(self) -> dict[str, torch.Tensor]:
+        """The accumulated sums times W, |W| or W^2, in place; zero weights become -inf."""
+        for name, total in self.sums.items():
+            weight = self.weights[name].canonical(self.weights[name].weight).detach()
+            _multiply_weight_(total, weight, self.reduce)
+        return self.sums
+
+
+def _multiply_weight_(total: torch.Tensor, weight: torch.Tensor, reduce: str) -> None:
+    """total <- total * (W, |W| or W^2), -inf where W is zero; both [..., out, in]."""
+    if reduce == "signed":
+        total *= weight
+    elif reduce == "abs":
+        total *= weight.abs()
+    else:
+        total *= weight.float().square()
+    total.masked_fill_(weight == 0, -torch.inf)
+
+
+def attribute(
+    model: PreTrainedModel,
+    samples: torch.Tensor | Sequence[Batch],
+    method: str = "lrp",
+    *,
+    rule: str | Rule = "attnlrp",
+    target: str | TargetFunction = "logprob",
+    positions: str = "all",
+    reduce: str = "abs",
+    skip_first: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score every prunable weight of ``model``.
+
+    Args:
+        model: a causal language model of a declared family; unchanged afterwards.
+        samples: windows [N, T] int64 (sparc3.samples.windows), or batches with input_ids, attention_mask and
+            optionally labels [B, T]. A row is a reference sample. Not read by ``magnitude`` and ``random``.
+        method: lrp | gradient (the same with no rule on) | wanda | ria (one pass over the dense model; the
+            sequential schedule is sparc3.prune's) | magnitude | random.
+        rule: for lrp, see sparc3.rules.
+        target, positions: what is explained, see sparc3.targets.
+        reduce: how samples are reduced, see the module's table.
+        skip_first: leave out the first token's share (attention sinks live there).
+        include, exclude: shell patterns on state-dict names.
+        seed: of ``random``.
+        memory: bytes for kept activations, see sparc3.engine.
+        progress: called with the number of samples done since the last call.
+
+    Raises:
+        InputError: unknown method, rule, target, positions or reduction; a rule that gives some weights zero
+            relevance by construction; a sample with a non-finite relevance.
+    """
+    from sparc3.mask import fingerprint
+    from sparc3.schedules import activation_scores
+
+    weights = prunable(model, include, exclude)
+    settings: dict[str, Any] = {"method": method}
+    if method in ("lrp", "gradient"):
+        parsed = Rule.parse(rule if method == "lrp" else "gradient")
+        if parsed.zero_parts():
+            raise InputError(
+                f"rule {parsed} gives exactly zero relevance to {' and '.join(parsed.zero_parts())}, so it cannot "
+                "score them; use another rule, or sparc3.relevance for tokens and neurons"
+            )
+        check_target(target, positions)
+        if reduce not in REDUCTIONS:
+            raise InputError(f"reduce {reduce!r} is not known; use {' | '.join(REDUCTIONS)}")
+        sink = Accumulators(weights, reduce, skip_first)
+        settings |= {
+            "rule": str(parsed),
+            "target": target if isinstance(target, str) else getattr(target, "__name__", "callable"),
+            "positions": positions,
+            "reduce": reduce,
+            "skip_first": skip_first,
+        }
+        accumulate(model, _as_batches(model, samples), parsed, target, positions, weights, sink, memory, progress)
+        tensors = sink.scores()
+    elif method in ("wanda", "ria"):
+        tensors = activation_scores(model, _as_batches(model, samples), method, weights, progress)
+    elif method in ("magnitude", "random"):
+        tensors = _sample_free_scores(weights, method, seed)
+        settings |= {"seed": seed} if method == "random" else {}
+    else:
+        raise InputError(f"method {method!r} is not known; use {' | '.join(METHODS)}")
+    _check_finite(tensors)
+    return Scores(
+        tensors,
+        frozenset(name for name, weight in weights.items() if weight.transposed),
+        fingerprint(model, {name: weight.weight for name, weight in weights.items()}),
+        settings,
+    )
+
+
+METHODS = ("lrp", "gradient", "wanda", "ria", "magnitude", "random")
+
+
+def accumulate(
+    model: PreTrainedModel,
+    samples: Sequence[Batch],
+    rule: Rule,
+    target: str | TargetFunction,
+    positions: str,
+    weights: Mapping[str, Prunable],
+    sink: Accumulators,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Run every batch through the engine under ``rule`` and fill ``sink``; see ``attribute``."""
+    with wrap(model, rule, weights, sink):
+        blocks = Blocks(model)
+        for batch in samples:
+            sink.start(batch)
+            value, _, _ = attribute_batch(blocks, batch, target, positions, memory)
+            if not torch.isfinite(value).all():
+                row = int(torch.nonzero(~torch.isfinite(value))[0])
+                raise InputError(f"the explained scalar of sample {row} of a batch is {value[row].item()}")
+            if progress is not None:
+                progress(len(batch["input_ids"]))
+
+
+def _as_batches(model: PreTrainedModel, samples: torch.Tensor | Sequence[Batch]) -> list[Batch]:
+    if isinstance(samples, torch.Tensor):
+        samples = list(batches(samples, max(1, _TOKENS_IN_FLIGHT // samples.shape[1])))
+    return [{name: value.to(model.device) for name, value in batch.items()} for batch in samples]
+
+
+def _sample_free_scores(weights: Mapping[str, Prunable], method: str, seed: int) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for index, (name, weight) in enumerate(weights.items()):
+        stored = weight.canonical(weight.weight).detach()
+        if method == "magnitude":
+            scores = stored.float().abs()
+        else:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            scores = torch.rand(stored.shape, generator=generator).to(stored.device)
+        tensors[name] = scores.masked_fill_(stored == 0, -torch.inf).contiguous()
+    return tensors
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, scores in tensors.items():
+        if scores.isnan().any() or scores.isposinf().any():
+            raise InputError(
+                f"the scores of {name} are not finite; the model overflows in {scores.dtype}: run it with "
+                "--dtype float32 or bfloat16"
+            )
