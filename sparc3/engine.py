@@ -30,6 +30,7 @@ class Blocks:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.blocks = list(blocks_of(model))
+        self.passing_through = False
 
     def record(self, batch: Batch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
         """(hidden [B, T, D] that the first block receives, what else each block is called with)."""
@@ -73,9 +74,11 @@ class Blocks:
         previous = [block.__dict__.get("forward") for block in self.blocks]
         for index, block in enumerate(self.blocks):
             block.forward = stub(index)
+        self.passing_through = True
         try:
             yield
         finally:
+            self.passing_through = False
             for block, forward in zip(self.blocks, previous, strict=True):
                 if forward is None:
                     del block.forward
