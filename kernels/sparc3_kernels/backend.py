@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: `reference` (plain torch), `triton`, `cpu` or `cuda` (the native libraries).
+"""Which implementation of an op runs: `reference` (plain torch), `triton`, or native `cpu` or `cuda`.
 
 Each op lists the backends it has, best first, and `choose` takes the first one that can run the call.
 `with backend("reference"):` or the environment variable SPARC3_BACKEND forces one for the whole process

@@ -1,16 +1,173 @@
-"""The C libraries (csrc/) through ctypes: the one file that knows their names and signatures.
+"""The C libraries (csrc/) through ctypes: the one file that knows where they are and what they take.
 
-`libsparc3` (CPU) and `libsparc3_cuda` lie in native/lib beside this file, where setup.py installs them.
+`libsparc3` (CPU) and `libsparc3_cuda` lie in _native/lib beside this file, where setup.py installs them. The
+environment variable SPARC3_ISA=avx512|avx2|portable forces an instruction set.
 """
 
+import ctypes
+import functools
+import os
+import sys
+from ctypes import POINTER, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from pathlib import Path
 from typing import Any
+
+import torch
+
+_NATIVE = Path(__file__).resolve().parent / "_native"
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+REDUCTIONS = {"abs": 0, "square": 1}
+OK, NAN = 0, 3
+
+
+class Threshold(ctypes.Structure):
+    """sparc3_threshold: keys above `key` are kept, and the first `keep_equal` of those equal to it."""
+
+    _fields_ = (("key", c_int32), ("reserved", c_uint32), ("keep_equal", c_uint64))
+
+
+_STATUS = c_int
+_SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
+    "sparc3": {
+        "sparc3_version": (c_char_p, []),
+        "sparc3_strerror": (c_char_p, [c_int]),
+        "sparc3_cpu_features": (c_uint32, []),
+        "sparc3_isa": (c_char_p, []),
+        "sparc3_force_isa": (_STATUS, [c_char_p]),
+        "sparc3_select_state_size": (c_size_t, []),
+        "sparc3_select_workspace_size": (c_size_t, [c_int]),
+        "sparc3_select_init": (_STATUS, [c_void_p, c_int]),
+        "sparc3_select_count": (_STATUS, [c_void_p, c_void_p, c_size_t, c_int, c_void_p, c_size_t]),
+        "sparc3_select_merge": (_STATUS, [c_void_p, c_void_p]),
+        "sparc3_select_refine": (_STATUS, [c_void_p, c_uint64, POINTER(c_int)]),
+        "sparc3_select_threshold": (_STATUS, [c_void_p, POINTER(Threshold)]),
+        "sparc3_select_mask": (_STATUS, [c_int, c_void_p, c_size_t, POINTER(Threshold), c_void_p, c_int]),
+        "sparc3_select_flat_workspace_size": (c_size_t, [c_int]),
+        "sparc3_select_flat": (
+            _STATUS,
+            [c_int, c_void_p, c_size_t, c_uint64, c_void_p, POINTER(Threshold), c_int, c_void_p, c_size_t],
+        ),
+        "sparc3_select_rows_workspace_size": (c_size_t, [c_size_t, c_int]),
+        "sparc3_select_rows": (
+            _STATUS,
+            [c_int, c_void_p, c_size_t, c_size_t, c_size_t, c_void_p, c_int, c_void_p, c_size_t],
+        ),
+        "sparc3_select_nm": (_STATUS, [c_int, c_void_p, c_size_t, c_int, c_int, c_void_p, c_int]),
+        "sparc3_weight_relevance_workspace_size": (c_size_t, [c_size_t, c_size_t, c_size_t, c_size_t, c_int]),
+        "sparc3_weight_relevance": (
+            _STATUS,
+            [c_int, c_int, c_void_p, c_void_p] + [c_size_t] * 4 + [c_void_p, c_int, c_void_p, c_size_t],
+        ),
+    },
+    "sparc3_cuda": {
+        "sparc3_cuda_version": (c_char_p, []),
+        "sparc3_cuda_device_count": (_STATUS, [POINTER(c_int), POINTER(c_char_p)]),
+    },
+}
+
+
+class NativeError(RuntimeError):
+    """A C function returned a status that the caller did not expect; the message is sparc3_strerror's."""
+
+
+@functools.cache
+def _load(name: str) -> ctypes.CDLL | str:
+    """Return library `name` with its signatures declared, or why it cannot be used."""
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    path = _NATIVE / "lib" / f"lib{name}.{suffix}"
+    if not path.exists():
+        return (
+            f"{path} is missing: it was not built when the package was installed (see the installer's output)"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+        for function, (result, arguments) in _SIGNATURES[name].items():
+            symbol = getattr(library, function)
+            symbol.restype, symbol.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return f"{path} cannot be loaded: {error}; reinstall the package"
+    if name == "sparc3" and (isa := os.environ.get("SPARC3_ISA")):
+        if library.sparc3_force_isa(isa.encode()):
+            return f"SPARC3_ISA={isa} is not on this machine or in this build (avx512, avx2 or portable)"
+    return library
 
 
 def missing(name: str = "sparc3") -> str | None:
     """Return why library `name` cannot be used, or None where it can."""
-    return f"lib{name} is not built"
+    library = _load(name)
+    return library if isinstance(library, str) else None
+
+
+def library(name: str = "sparc3") -> ctypes.CDLL:
+    """Return library `name`, signatures declared.
+
+    Raises:
+        NativeError: it cannot be used; the message says why.
+    """
+    loaded = _load(name)
+    if isinstance(loaded, str):
+        raise NativeError(loaded)
+    return loaded
+
+
+def check(status: int) -> None:
+    """Raise NativeError for any status but SPARC3_OK."""
+    if status != OK:
+        raise NativeError(library().sparc3_strerror(status).decode())
+
+
+def force_isa(name: str | None) -> None:
+    """Use instruction set `name` (avx512, avx2, portable) in the whole process; None chooses the best.
+
+    Raises:
+        NativeError: this machine or build lacks it.
+    """
+    check(library().sparc3_force_isa(name.encode() if name else None))
+
+
+def workspace(size: int) -> torch.Tensor:
+    """Return `size` bytes for a C function to work in."""
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def info() -> dict[str, Any]:
-    """Return version, instruction set and threads of the CPU library and what the CUDA library sees."""
-    return {"cpu": missing(), "cuda": missing("sparc3_cuda")}
+    """Return version, instruction set and features of the CPU library and what the CUDA library sees.
+
+    A library that cannot be used is shown as the reason, a string.
+    """
+    cpu, cuda = _load("sparc3"), _load("sparc3_cuda")
+    report: dict[str, Any] = {"cpu": cpu, "cuda": cuda}
+    if not isinstance(cpu, str):
+        features = cpu.sparc3_cpu_features()
+        report["cpu"] = {
+            "version": cpu.sparc3_version().decode(),
+            "isa": cpu.sparc3_isa().decode(),
+            "features": [name for bit, name in ((1, "avx2"), (2, "avx512")) if features & bit],
+        }
+    if not isinstance(cuda, str):
+        count, reason = c_int(), c_char_p()
+        cuda.sparc3_cuda_device_count(ctypes.byref(count), ctypes.byref(reason))
+        report["cuda"] = {
+            "version": cuda.sparc3_cuda_version().decode(),
+            "devices": count.value,
+            "reason": (reason.value or b"").decode(),
+        }
+    return report
+
+
+def get_include() -> str:
+    """Return the folder to put on a C compiler's include path for `#include <sparc3/sparc3.h>`."""
+    return _installed("include")
+
+
+def get_cmake_dir() -> str:
+    """Return the folder of sparc3Config.cmake, for `find_package(sparc3 CONFIG PATHS ...)`."""
+    return _installed("cmake")
+
+
+def _installed(folder: str) -> str:
+    path = _NATIVE / folder
+    if not path.is_dir():
+        raise NativeError(f"{path} is missing: csrc/ was not built when the package was installed")
+    return str(path)

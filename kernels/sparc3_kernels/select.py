@@ -5,9 +5,9 @@ kept. -0 and +0 are equal, +-inf are ordinary values, NaN is an error. A result 
 uint8 [ceil(n / 8)] over the row-major flattened scores, element i at `bits[i >> 3] >> (i & 7) & 1`, 1 = kept,
 padding bits 0.
 
-The reference is a stable sort. The CPU library finds the threshold with two counting passes over the upper and
-lower 16 bits of a monotone 32-bit key (one pass for 16-bit scores), the radix select of Alabi et al. 2012,
-"Fast k-selection algorithms for graphics processing units", with a 2^16 radix.
+The reference is a stable sort. The CPU library finds the threshold with two counting passes, over the upper
+and the lower 16 bits of a monotone 32-bit key (one pass for 16-bit scores): the radix select of Alabi et al.
+2012, "Fast k-selection algorithms for graphics processing units", with a radix of 2^16.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,7 +34,8 @@ def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     n = torch.Size(shape).numel()
     if bits.dtype != torch.uint8 or bits.numel() != (n + 7) // 8:
         raise ValueError(
-            f"a packed mask for shape {tuple(shape)} is uint8 [{(n + 7) // 8}], got {bits.dtype} [{bits.numel()}]"
+            f"a packed mask for shape {tuple(shape)} is uint8 [{(n + 7) // 8}], "
+            f"got {bits.dtype} [{bits.numel()}]"
         )
     place = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (bits.reshape(-1, 1) & place).ne(0).view(-1)[:n].view(shape)

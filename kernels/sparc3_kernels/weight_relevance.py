@@ -1,7 +1,8 @@
 """Relevance (or gradient) of every weight of a linear layer, accumulated over samples without a `.grad`.
 
-For y = x W^T with S samples of T tokens, inputs X_s [T, K] and output relevances (or gradients) G_s [T, N], the
-weight gradient of sample s is G_s^T X_s [N, K]. `accumulate_weight_relevance_` adds to acc [N, K], in fp32,
+For y = x W^T with S samples of T tokens, inputs X_s [T, K] and output relevances (or gradients) G_s [T, N],
+the weight gradient of sample s is G_s^T X_s [N, K]. `accumulate_weight_relevance_` adds to acc [N, K], in
+fp32,
 
     signed        sum_s G_s^T X_s
     abs           sum_s |G_s^T X_s|

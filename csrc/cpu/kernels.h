@@ -1,0 +1,47 @@
+// What each instruction set implements. Its file is compiled with that set's flags, so it must not emit an inline
+// function that the linker could choose for another file: only C headers and internal linkage there.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace sparc3 {
+
+// Which bins one counting pass fills: all scores by the upper 16 key bits, or those of one bin by the lower 16.
+struct Pass {
+    bool lower;
+    int32_t upper;  // key >> 16 of the bin that the lower pass splits
+};
+
+struct Kernels {
+    const char *name;
+
+    // Count n scores into 65536 bins; upper bins start at key >> 16 == -32768. False where a score is NaN.
+    bool (*count32)(int dtype, const void *scores, size_t n, Pass pass, uint32_t *bins);
+    bool (*count64)(int dtype, const void *scores, size_t n, Pass pass, uint64_t *bins);
+    // How many of n scores have this key.
+    uint64_t (*count_equal)(int dtype, const void *scores, size_t n, int32_t key);
+    // Write ceil(n / 8) mask bytes; returns how many equal scores are still to be kept.
+    uint64_t (*mask)(int dtype, const void *scores, size_t n, int32_t key, uint64_t keep_equal, uint8_t *bits);
+    // Rows of a matrix, the first one starting at a byte of `bits`; scratch is rows_scratch(cols) bytes.
+    bool (*rows)(int dtype, const void *scores, size_t rows, size_t cols, size_t prune, uint8_t *bits,
+                 void *scratch);
+    // Groups of a vector, the first one starting at a byte of `bits`.
+    bool (*nm)(int dtype, const void *scores, size_t groups, int keep, int group, uint8_t *bits);
+
+    // Weight relevance of one block of rows; see weight_relevance.cpp.
+    int tile_n, tile_k;  // rows and columns of a register tile
+    void (*pack)(int dtype, const void *source, size_t tokens, size_t stride, size_t width, int tile, float *packed);
+    void (*tile)(bool square, const float *g, const float *x, size_t samples, size_t tokens, float *acc,
+                 size_t stride, int rows, int cols);
+};
+
+constexpr size_t kDigitBins = 2048;  // a row is narrowed by 11, 11 and 10 bits of its keys
+
+constexpr size_t rows_scratch(size_t cols) { return (2 * kDigitBins + cols + 16) * sizeof(int32_t); }
+
+extern const Kernels kernels_portable;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+}  // namespace sparc3

@@ -1,0 +1,187 @@
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "isa.h"
+#include "scores.h"
+
+namespace sparc3 {
+namespace {
+
+constexpr size_t kBins = 65536;
+// A thread's 32-bit counts cannot overflow within a block.
+constexpr size_t kBlock = size_t{1} << 31;
+
+enum Stage : uint32_t { kUpper, kLower, kDone };
+
+struct State {
+    char magic[8];
+    uint32_t dtype;
+    uint32_t stage;
+    int32_t upper;      // key >> 16 of the boundary bin, once known
+    uint32_t reserved;
+    uint64_t prune;     // of the whole selection
+    uint64_t expected;  // scores in the boundary bin
+    uint64_t rank;      // of the threshold within the boundary bin, from 1
+    sparc3_threshold threshold;
+    uint64_t bins[kBins];
+};
+
+constexpr char kMagic[8] = {'s', 'p', '3', 's', 'e', 'l', '0', '1'};
+
+const State *opened(const void *state) {
+    const State *s = static_cast<const State *>(state);
+    return s && !memcmp(s->magic, kMagic, sizeof kMagic) ? s : nullptr;
+}
+State *opened(void *state) { return const_cast<State *>(opened(static_cast<const void *>(state))); }
+
+void finish(State &state, int32_t key, uint64_t keep_equal) {
+    state.threshold = {key, 0, keep_equal};
+    state.stage = kDone;
+}
+
+struct Boundary {
+    size_t bin;
+    uint64_t rank, count;  // how many of the bin's `count` scores are pruned
+};
+
+// The bin that holds the score of rank `rank` (from 1); there is one.
+Boundary boundary(const State &state, uint64_t rank) {
+    size_t bin = 0;
+    for (; state.bins[bin] < rank; ++bin) rank -= state.bins[bin];
+    return {bin, rank, state.bins[bin]};
+}
+
+// The calling thread counts into the state, the others into 32-bit bins of their own.
+int count_block(State &state, const void *scores, size_t n, int threads, uint32_t *bins) {
+    const Pass pass{state.stage == kLower, state.upper};
+    const int dtype = static_cast<int>(state.dtype);
+    const Kernels &isa = kernels();
+    std::atomic<bool> ok{true};
+    parallel(threads, [&](int t) {
+        const Slice part = slice(n, 64, threads, t);
+        const void *from = at(dtype, scores, part.begin);
+        uint32_t *mine = bins + kBins * static_cast<size_t>(t - 1);
+        if (t) memset(mine, 0, kBins * sizeof *mine);
+        const bool clean = t ? isa.count32(dtype, from, part.size, pass, mine)
+                             : isa.count64(dtype, from, part.size, pass, state.bins);
+        if (!clean) ok.store(false, std::memory_order_relaxed);
+    });
+    for (int t = 1; t < threads; ++t)
+        for (size_t i = 0; i < kBins; ++i) state.bins[i] += bins[kBins * static_cast<size_t>(t - 1) + i];
+    return ok ? SPARC3_OK : SPARC3_ERROR_NAN;
+}
+
+}  // namespace
+}  // namespace sparc3
+
+using namespace sparc3;
+
+size_t sparc3_select_state_size(void) { return sizeof(State); }
+
+size_t sparc3_select_workspace_size(int threads) {
+    return static_cast<size_t>(available_threads(threads) - 1) * kBins * sizeof(uint32_t);
+}
+
+int sparc3_select_init(void *state, int dtype) {
+    if (!state || !known(dtype)) return SPARC3_ERROR_ARGUMENT;
+    State &fresh = *static_cast<State *>(state);
+    memset(&fresh, 0, sizeof fresh);
+    memcpy(fresh.magic, kMagic, sizeof kMagic);
+    fresh.dtype = static_cast<uint32_t>(dtype);
+    return SPARC3_OK;
+}
+
+int sparc3_select_count(void *state, const void *scores, size_t n, int threads, void *workspace,
+                        size_t workspace_size) {
+    State *s = opened(state);
+    if (!s || s->stage == kDone) return SPARC3_ERROR_STATE;
+    if (n && !scores) return SPARC3_ERROR_ARGUMENT;
+    const int used = threads_for(n, threads);
+    if (used > 1 && (!workspace || workspace_size < sparc3_select_workspace_size(used))) return SPARC3_ERROR_WORKSPACE;
+    for (size_t i = 0; i < n; i += kBlock) {
+        const int status = count_block(*s, at(static_cast<int>(s->dtype), scores, i), std::min(kBlock, n - i), used,
+                                       static_cast<uint32_t *>(workspace));
+        if (status != SPARC3_OK) return status;
+    }
+    return SPARC3_OK;
+}
+
+int sparc3_select_merge(void *state, const void *other) {
+    State *s = opened(state);
+    const State *o = opened(other);
+    if (!s || !o || s->stage == kDone || s->stage != o->stage || s->dtype != o->dtype) return SPARC3_ERROR_STATE;
+    if (s->stage == kLower && (s->upper != o->upper || s->prune != o->prune)) return SPARC3_ERROR_STATE;
+    for (size_t i = 0; i < kBins; ++i) s->bins[i] += o->bins[i];
+    return SPARC3_OK;
+}
+
+int sparc3_select_refine(void *state, uint64_t prune, int *more) {
+    State *s = opened(state);
+    if (!more) return SPARC3_ERROR_ARGUMENT;
+    if (!s || s->stage == kDone || (s->stage == kLower && prune != s->prune)) return SPARC3_ERROR_STATE;
+    *more = 0;
+    uint64_t total = 0;
+    for (size_t i = 0; i < kBins; ++i) total += s->bins[i];
+
+    if (s->stage == kLower) {
+        if (total != s->expected) return SPARC3_ERROR_CHANGED;
+        const Boundary low = boundary(*s, s->rank);
+        const uint32_t key = static_cast<uint32_t>(s->upper) << 16 | static_cast<uint32_t>(low.bin);
+        finish(*s, static_cast<int32_t>(key), low.count - low.rank);
+        return SPARC3_OK;
+    }
+    if (prune > total) return SPARC3_ERROR_ARGUMENT;
+    if (prune == 0 || prune == total) {  // no key lies below the first threshold or above the second
+        finish(*s, prune ? INT32_MAX : INT32_MIN, 0);
+        return SPARC3_OK;
+    }
+    const Boundary high = boundary(*s, prune);
+    s->upper = static_cast<int32_t>(high.bin) - 32768;
+    if (s->dtype != SPARC3_FP32) {  // the lower half of every key is zero
+        finish(*s, static_cast<int32_t>(static_cast<uint32_t>(s->upper) << 16), high.count - high.rank);
+        return SPARC3_OK;
+    }
+    s->prune = prune;
+    s->rank = high.rank;
+    s->expected = high.count;
+    s->stage = kLower;
+    memset(s->bins, 0, sizeof s->bins);
+    *more = 1;
+    return SPARC3_OK;
+}
+
+int sparc3_select_threshold(const void *state, sparc3_threshold *out) {
+    const State *s = opened(state);
+    if (!out) return SPARC3_ERROR_ARGUMENT;
+    if (!s || s->stage != kDone) return SPARC3_ERROR_STATE;
+    *out = s->threshold;
+    return SPARC3_OK;
+}
+
+int sparc3_select_mask(int dtype, const void *scores, size_t n, sparc3_threshold *threshold, uint8_t *bits,
+                       int threads) {
+    if (!known(dtype) || !threshold || (n && (!scores || !bits))) return SPARC3_ERROR_ARGUMENT;
+    const int used = threads_for(n, threads);
+    const Kernels &isa = kernels();
+    const int32_t key = threshold->key;
+    uint64_t equal[kMaxThreads] = {}, left[kMaxThreads];
+    // What a thread may keep depends on the equal scores before its part, so these are counted first.
+    if (used > 1 && threshold->keep_equal)
+        parallel(used, [&](int t) {
+            const Slice part = slice(n, 64, used, t);
+            equal[t] = isa.count_equal(dtype, at(dtype, scores, part.begin), part.size, key);
+        });
+    uint64_t keep = threshold->keep_equal, budget[kMaxThreads];
+    for (int t = 0; t < used; ++t) {
+        budget[t] = keep;
+        keep -= std::min(keep, equal[t]);
+    }
+    parallel(used, [&](int t) {
+        const Slice part = slice(n, 64, used, t);
+        left[t] = isa.mask(dtype, at(dtype, scores, part.begin), part.size, key, budget[t], bits + part.begin / 8);
+    });
+    threshold->keep_equal = left[used - 1];
+    return SPARC3_OK;
+}

@@ -1,0 +1,108 @@
+// Weight relevance in one instruction set: included by kernels_*.cpp. GCC vectors, so that one text serves every width.
+
+namespace {
+
+// A register tile of kTileN x kTileK sums, with a row of x and one broadcast of g, fills the vector registers.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kTileN = 8, kVectors = 3;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8, kTileN = 6, kVectors = 2;
+#else
+constexpr int kWidth = 4, kTileN = 4, kVectors = 2;
+#endif
+constexpr int kTileK = kWidth * kVectors;
+
+typedef float Vector __attribute__((vector_size(4 * kWidth)));
+typedef float Unaligned __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+typedef int32_t Bits __attribute__((vector_size(4 * kWidth)));
+
+inline float to_float(float value) { return value; }
+inline float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+inline float to_float(BFloat16 value) { return float_of((uint32_t)value.bits << 16); }
+// Exact for every half, whether or not the caller's thread flushes subnormal fp32 numbers (subnormal halves are
+// normal in fp32 and are made by subtracting two normal numbers).
+inline float to_float(Float16 value) {
+    const uint32_t sign = (uint32_t)(value.bits & 0x8000) << 16, size = (uint32_t)(value.bits & 0x7fff) << 13;
+    const uint32_t rebias = (127 - 15) << 23, smallest = (127 - 14) << 23;
+    const uint32_t normal = size + rebias, special = size + 2 * rebias;
+    float subnormal = float_of(size | smallest) - float_of(smallest);
+    uint32_t magnitude;
+    memcpy(&magnitude, &subnormal, sizeof magnitude);
+    magnitude = size >= 1u << 23 ? normal : magnitude;
+    magnitude = size >= 31u << 23 ? special : magnitude;
+    return float_of(sign | magnitude);
+}
+
+// packed[panel][token][tile] = source[token][panel * tile + ...], zeros beyond `width`.
+template <class Source>
+void pack_panels(const Source *source, size_t tokens, size_t stride, size_t width, size_t tile, float *packed) {
+    for (size_t begin = 0; begin < width; begin += tile) {
+        const size_t columns = width - begin < tile ? width - begin : tile;
+        for (size_t t = 0; t < tokens; ++t, packed += tile) {
+            const Source *from = source + t * stride + begin;
+            for (size_t i = 0; i < columns; ++i) packed[i] = to_float(from[i]);
+            for (size_t i = columns; i < tile; ++i) packed[i] = 0;
+        }
+    }
+}
+
+void pack(int dtype, const void *source, size_t tokens, size_t stride, size_t width, int tile, float *packed) {
+    if (dtype == SPARC3_FP32)
+        pack_panels((const float *)source, tokens, stride, width, (size_t)tile, packed);
+    else if (dtype == SPARC3_BF16)
+        pack_panels((const BFloat16 *)source, tokens, stride, width, (size_t)tile, packed);
+    else
+        pack_panels((const Float16 *)source, tokens, stride, width, (size_t)tile, packed);
+}
+
+template <bool square>
+void full_tile(const float *g, const float *x, size_t samples, size_t tokens, float *acc, size_t stride) {
+    for (size_t s = 0; s < samples; ++s) {
+        Vector sum[kTileN][kVectors] = {};
+        for (size_t t = 0; t < tokens; ++t, g += kTileN, x += kTileK) {
+            Vector row[kVectors];
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) row[v] = *(const Unaligned *)(x + v * kWidth);
+#pragma GCC unroll 8
+            for (int r = 0; r < kTileN; ++r)
+#pragma GCC unroll 8
+                for (int v = 0; v < kVectors; ++v) sum[r][v] += row[v] * g[r];
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kTileN; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) {
+                Unaligned *to = (Unaligned *)(acc + (size_t)r * stride + v * kWidth);
+                *to += square ? sum[r][v] * sum[r][v] : (Vector)((Bits)sum[r][v] & 0x7fffffff);
+            }
+    }
+}
+
+// acc [rows, cols] += sum_s f(G_s^T X_s) for one tile of packed g and x.
+void tile(bool square, const float *g, const float *x, size_t samples, size_t tokens, float *acc, size_t stride,
+          int rows, int cols) {
+    float edge[kTileN * kTileK];
+    const bool whole = rows == kTileN && cols == kTileK;
+    if (!whole)
+        for (int r = 0; r < rows; ++r) memcpy(edge + r * kTileK, acc + (size_t)r * stride, (size_t)cols * sizeof(float));
+    float *to = whole ? acc : edge;
+    const size_t to_stride = whole ? stride : kTileK;
+    if (square)
+        full_tile<true>(g, x, samples, tokens, to, to_stride);
+    else
+        full_tile<false>(g, x, samples, tokens, to, to_stride);
+    if (!whole)
+        for (int r = 0; r < rows; ++r) memcpy(acc + (size_t)r * stride, edge + r * kTileK, (size_t)cols * sizeof(float));
+}
+
+}  // namespace
