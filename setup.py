@@ -34,14 +34,20 @@ class CMakeBuild(build_ext):
             sys.exit(f"SPARC3_CUDA is auto, 0 or 1, not {cuda!r}")
         # A CUDA compiler that is there but does not work must not cost the CPU library.
         attempts = {"auto": ("auto", "0"), "0": ("0",), "1": ("1",)}[cuda]
+        failure = ""
         for attempt in attempts:
             try:
                 return self.cmake(attempt)
             except (OSError, subprocess.CalledProcessError) as error:
-                print(f"sparc3: building csrc with SPARC3_CUDA={attempt} failed: {error}", file=sys.stderr)
+                failure = f"building csrc with SPARC3_CUDA={attempt} failed: {error}"
+                print(f"sparc3: {failure}", file=sys.stderr)
         if cuda == "1":
             sys.exit("sparc3: SPARC3_CUDA=1, but the CUDA library could not be built (see above)")
         print(WARNING, file=sys.stderr)
+        # pip shows no output of a build that succeeds, so the reason goes along for `sparc3 info`.
+        shutil.rmtree(self.native(), ignore_errors=True)
+        self.native().mkdir(parents=True)
+        (self.native() / "build_failed.txt").write_text(f"{failure}\n", encoding="utf-8")
 
     def cmake(self, cuda: str) -> None:
         build = Path(self.build_temp).resolve() / f"csrc-cuda-{cuda}"

@@ -18,7 +18,7 @@ _NATIVE = Path(__file__).resolve().parent / "_native"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 REDUCTIONS = {"abs": 0, "square": 1}
-OK, NAN = 0, 3
+OK, NAN, CHANGED = 0, 3, 5
 
 
 class Threshold(ctypes.Structure):
@@ -169,5 +169,11 @@ def get_cmake_dir() -> str:
 def _installed(folder: str) -> str:
     path = _NATIVE / folder
     if not path.is_dir():
-        raise NativeError(f"{path} is missing: csrc/ was not built when the package was installed")
+        raise NativeError(f"{path} was not built when the package was installed{_why()}")
     return str(path)
+
+
+def _why() -> str:
+    """Return what setup.py noted about a build that failed."""
+    note = _NATIVE / "build_failed.txt"
+    return f": {note.read_text(encoding='utf-8').strip()}" if note.exists() else ""

@@ -10,10 +10,14 @@ and the lower 16 bits of a monotone 32-bit key (one pass for 16-bit scores): the
 2012, "Fast k-selection algorithms for graphics processing units", with a radix of 2^16.
 """
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from sparc3_kernels import native
+from sparc3_kernels.backend import choose
 
 # Multiplying eight 0/1 bytes by this moves byte i to bit 56 + i, all products landing on distinct bits.
 _GATHER_BITS = 0x0102040810204080
@@ -59,15 +63,76 @@ def count_bits(bits: Tensor) -> int:
 
 def select_rows_reference(scores: Tensor, prune: int) -> Tensor:
     """Plain torch `select_rows`: a stable descending sort keeps the first C - prune of each row."""
+    _refuse_nan(scores)
     # Adding 0 turns -0 into +0, so that a bitwise sort (CUDA) cannot order the two zeros.
     order = torch.sort(scores + 0, dim=-1, descending=True, stable=True).indices
-    keep = torch.ones_like(scores, dtype=torch.bool)
+    keep = torch.ones_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
     keep.scatter_(-1, order[:, scores.shape[-1] - prune :], False)
     return pack_bits(keep)
 
 
+# torch.library.custom_op would import torch._dynamo at the first call (1.2 s) and take 11 us a call, not 2.6.
+torch.library.define("sparc3::select_flat", "(Tensor scores, int prune) -> Tensor")
+torch.library.define("sparc3::select_rows", "(Tensor scores, int prune) -> Tensor")
+torch.library.define("sparc3::select_nm", "(Tensor scores, int n, int m) -> Tensor")
+
+
+@torch.library.impl("sparc3::select_flat", "default")
+def _select_flat(scores: Tensor, prune: int) -> Tensor:
+    if choose("select_flat", _fits(scores)) == "reference":
+        return select_rows_reference(scores.reshape(1, -1), prune)
+    library, threads = native.library(), torch.get_num_threads()
+    scores, bits = scores.contiguous(), _empty_bits(scores)
+    work = native.workspace(library.sparc3_select_flat_workspace_size(threads))
+    status = library.sparc3_select_flat(
+        *(native.DTYPES[scores.dtype], scores.data_ptr(), scores.numel(), prune, bits.data_ptr(), None),
+        *(threads, work.data_ptr(), work.numel()),
+    )
+    _check_status(status, scores)
+    return bits
+
+
+@torch.library.impl("sparc3::select_rows", "default")
+def _select_rows(scores: Tensor, prune: int) -> Tensor:
+    if choose("select_rows", _fits(scores)) == "reference":
+        return select_rows_reference(scores, prune)
+    library, threads = native.library(), torch.get_num_threads()
+    scores, bits = scores.contiguous(), _empty_bits(scores)
+    work = native.workspace(library.sparc3_select_rows_workspace_size(scores.shape[1], threads))
+    status = library.sparc3_select_rows(
+        *(native.DTYPES[scores.dtype], scores.data_ptr(), *scores.shape, prune, bits.data_ptr()),
+        *(threads, work.data_ptr(), work.numel()),
+    )
+    _check_status(status, scores)
+    return bits
+
+
+@torch.library.impl("sparc3::select_nm", "default")
+def _select_nm(scores: Tensor, n: int, m: int) -> Tensor:
+    if choose("select_nm", _fits(scores)) == "reference":
+        return select_rows_reference(scores.reshape(-1, m), m - n)
+    scores, bits = scores.contiguous(), _empty_bits(scores)
+    status = native.library().sparc3_select_nm(
+        *(native.DTYPES[scores.dtype], scores.data_ptr(), scores.numel(), n, m, bits.data_ptr()),
+        torch.get_num_threads(),
+    )
+    _check_status(status, scores)
+    return bits
+
+
+@torch.library.register_fake("sparc3::select_flat")
+@torch.library.register_fake("sparc3::select_rows")
+def _fake(scores: Tensor, prune: int) -> Tensor:
+    return _empty_bits(scores)
+
+
+@torch.library.register_fake("sparc3::select_nm")
+def _fake_nm(scores: Tensor, n: int, m: int) -> Tensor:
+    return _empty_bits(scores)
+
+
 def select_flat(scores: Tensor, prune: int) -> Tensor:
-    """Prune the `prune` lowest of all n scores (any shape, in row-major order).
+    """Prune the `prune` lowest of all n scores (any shape and float dtype, in row-major order).
 
     Returns:
         packed mask, uint8 [ceil(n / 8)].
@@ -75,8 +140,8 @@ def select_flat(scores: Tensor, prune: int) -> Tensor:
     Raises:
         ValueError: a score is NaN, or not 0 <= prune <= n.
     """
-    _check(scores, prune, scores.numel(), "scores")
-    return select_rows_reference(scores.reshape(1, -1), prune)
+    _check_prune(prune, scores.numel(), "scores")
+    return torch.ops.sparc3.select_flat(scores, prune)
 
 
 def select_rows(scores: Tensor, prune: int) -> Tensor:
@@ -89,8 +154,8 @@ def select_rows(scores: Tensor, prune: int) -> Tensor:
         ValueError: a score is NaN, `scores` is not 2-D, or not 0 <= prune <= C.
     """
     _check_matrix(scores)
-    _check(scores, prune, scores.shape[1], "scores of a row")
-    return select_rows_reference(scores, prune)
+    _check_prune(prune, scores.shape[1], "scores of a row")
+    return torch.ops.sparc3.select_rows(scores, prune)
 
 
 def select_nm(scores: Tensor, n: int, m: int) -> Tensor:
@@ -107,29 +172,114 @@ def select_nm(scores: Tensor, n: int, m: int) -> Tensor:
         raise ValueError(f"{n}:{m} needs 0 <= N <= M and 1 <= M <= 32")
     if scores.shape[1] % m:
         raise ValueError(f"{n}:{m} does not divide a row of {scores.shape[1]} scores; choose an M that does")
-    _check(scores, m - n, m, "scores of a group")
-    return select_rows_reference(scores.reshape(-1, m), m - n)
+    return torch.ops.sparc3.select_nm(scores, n, m)
 
 
 def select_stream(chunks: Callable[[], Iterable[Tensor]], prune: int) -> Iterator[Tensor]:
     """Prune the `prune` lowest scores over several tensors, taken in their order as one long row.
 
     Args:
-        chunks: each call returns a fresh iterable over the same tensors (any shapes, one dtype). It is called
-            once per pass; no more than one tensor is held at a time (the reference backend holds all).
+        chunks: each call returns a fresh iterable over the same tensors (any shapes, one dtype), held one at a
+            time: fp32 scores are read three times, 16-bit ones twice. Tensors of other devices are copied to
+            the CPU. The reference backend (fp64 scores, or no native library) holds them all instead.
         prune: how many to prune over all tensors.
 
     Yields:
-        one packed mask per tensor, each starting at a byte of its own.
+        one packed mask per tensor, on its device, each starting at a byte of its own.
 
     Raises:
-        ValueError: a score is NaN, dtypes differ, or not 0 <= prune <= n.
+        ValueError: a score is NaN, dtypes differ, the tensors change between passes, or not 0 <= prune <= n.
     """
+    state: Tensor | None = None
+    dtype: torch.dtype | None = None
+    more = ctypes.c_int(1)
+    while more.value:
+        total = 0
+        for index, chunk in enumerate(chunks()):
+            dtype = dtype or chunk.dtype
+            if chunk.dtype != dtype:
+                raise ValueError(f"tensor {index} has {chunk.dtype} scores, the ones before it {dtype}")
+            if state is None:
+                if choose("select_stream", {"cpu": _unfit(chunk.dtype)}) == "reference":
+                    yield from _select_stream_reference(chunks, prune)
+                    return
+                library, threads = native.library(), torch.get_num_threads()
+                state = native.workspace(library.sparc3_select_state_size())
+                work = native.workspace(library.sparc3_select_workspace_size(threads))
+                native.check(library.sparc3_select_init(state.data_ptr(), native.DTYPES[dtype]))
+            scores = chunk.detach().cpu().contiguous()
+            status = library.sparc3_select_count(
+                *(
+                    state.data_ptr(),
+                    scores.data_ptr(),
+                    scores.numel(),
+                    threads,
+                    work.data_ptr(),
+                    work.numel(),
+                ),
+            )
+            _check_status(status, scores, f"tensor {index}: ")
+            total += scores.numel()
+        _check_prune(prune, total, "scores")
+        if state is None:
+            return
+        status = library.sparc3_select_refine(state.data_ptr(), prune, ctypes.byref(more))
+        if status == native.CHANGED:
+            raise ValueError("the scores changed between two passes over them")
+        native.check(status)
+
+    assert state is not None
+    threshold = native.Threshold()
+    native.check(library.sparc3_select_threshold(state.data_ptr(), ctypes.byref(threshold)))
+    for chunk in chunks():
+        scores = chunk.detach().cpu().contiguous()
+        bits = _empty_bits(scores)
+        native.check(
+            library.sparc3_select_mask(
+                *(native.DTYPES[scores.dtype], scores.data_ptr(), scores.numel()),
+                *(ctypes.byref(threshold), bits.data_ptr(), threads),
+            )
+        )
+        yield bits.to(chunk.device)
+
+
+def _select_stream_reference(chunks: Callable[[], Iterable[Tensor]], prune: int) -> Iterator[Tensor]:
+    """Hold all chunks and select over their concatenation."""
     scores = list(chunks())
-    flat = torch.cat([chunk.reshape(-1) for chunk in scores]) if scores else torch.empty(0)
-    keep = unpack_bits(select_flat(flat, prune), flat.shape)
+    flat = torch.cat([chunk.reshape(-1) for chunk in scores])
+    _check_prune(prune, flat.numel(), "scores")
+    keep = unpack_bits(select_rows_reference(flat[None], prune), flat.shape)
     for part in keep.split([chunk.numel() for chunk in scores]):
         yield pack_bits(part)
+
+
+def _empty_bits(scores: Tensor) -> Tensor:
+    return scores.new_empty((scores.numel() + 7) // 8, dtype=torch.uint8)
+
+
+def _unfit(dtype: torch.dtype) -> str | None:
+    return None if dtype in native.DTYPES else f"it takes fp32, bf16 and fp16 scores, not {dtype}"
+
+
+def _fits(scores: Tensor) -> dict[str, str | None]:
+    return {
+        "cpu": _unfit(scores.dtype) if scores.device.type == "cpu" else f"the scores are on {scores.device}"
+    }
+
+
+def _check_status(status: int, scores: Tensor, where: str = "") -> None:
+    if status == native.NAN:
+        _refuse_nan(scores, where)
+    native.check(status)
+
+
+def _refuse_nan(scores: Tensor, where: str = "") -> None:
+    nan = scores.isnan()
+    if count := int(nan.sum()):
+        first = int(nan.reshape(-1).to(torch.uint8).argmax())
+        raise ValueError(
+            f"{where}{count} of {scores.numel()} scores are NaN, the first at linear index {first}"
+        )
 
 
 def _check_matrix(scores: Tensor) -> None:
@@ -137,10 +287,6 @@ def _check_matrix(scores: Tensor) -> None:
         raise ValueError(f"scores must be a matrix [R, C], got shape {tuple(scores.shape)}")
 
 
-def _check(scores: Tensor, prune: int, n: int, what: str) -> None:
+def _check_prune(prune: int, n: int, what: str) -> None:
     if not 0 <= prune <= n:
         raise ValueError(f"cannot prune {prune} of {n} {what}")
-    nan = scores.isnan()
-    if count := int(nan.sum()):
-        first = int(nan.reshape(-1).to(torch.uint8).argmax())
-        raise ValueError(f"{count} of {scores.numel()} scores are NaN, the first at linear index {first}")
