@@ -68,7 +68,9 @@ def windows(
         raise InputError(f"windows need a length and a count of at least 1, not {length} and {count}")
     if not documents:
         raise InputError("no text to cut into windows")
-    ids = tokenizer([document + "\n" for document in documents], add_special_tokens=False)["input_ids"]
+    lines = [document + "\n" for document in documents]
+    # verbose would warn of documents longer than the model's context, which the windows cut.
+    ids = tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]
     stream = torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int64)
     available = len(stream) // length
     if available == 0:
