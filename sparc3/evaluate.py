@@ -53,8 +53,8 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a causal language model; every token of a window but its first is predicted.
 
-    The value is that of the plain ``labels=`` loss. Logits are reduced in fp32, a chunk of positions at a time,
-    so memory does not grow with length times vocabulary.
+    The value is that of the plain ``labels=`` loss. Logits are reduced in fp32, a chunk of positions at a
+    time, so memory does not grow with length times vocabulary.
 
     Args:
         windows: [N, T] int64, as sparc3.samples.windows returns them.
@@ -136,6 +136,6 @@ def _check_fits(model: PreTrainedModel, windows: torch.Tensor) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise InputError(f"windows of {length} tokens (BOS included), but the model has {limit} positions")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.vocab_size
     if windows.max() >= vocabulary:
         raise InputError(f"token {windows.max()} is outside the model's vocabulary of {vocabulary}")
