@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+from torch.nn import functional as F
 
 from sparc3.errors import InputError
 
@@ -21,11 +22,16 @@ def _gather(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return values.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
 
 
-# name -> (logits [..., V] in at least fp32, labels [...]) -> [...]
+def _log_probability(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    # cross_entropy's backward writes the logits' gradient once; gather - logsumexp writes it three times.
+    return -F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
+
+
+# name -> (logits [..., V] in at least fp32, labels [...], -100 where nothing is explained) -> [...]
 TARGETS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "logit": _gather,
     "logit-mean": lambda logits, labels: _gather(logits, labels) - logits.mean(-1),
-    "logprob": lambda logits, labels: _gather(logits, labels) - logits.logsumexp(-1),
+    "logprob": _log_probability,
     "max-logit": lambda logits, labels: logits.amax(-1),
 }
 POSITIONS = ("all", "last")
