@@ -67,6 +67,10 @@ class Blocks:
 
     def _run(self, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        mask = batch.get("attention_mask")
+        if mask is not None and "position_ids" not in batch and not mask.all():
+            # As generate() does: learned positions (GPT-2) would otherwise count the padding on the left.
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         return self.model(**inputs, use_cache=False, logits_to_keep=positions).logits
 
     @contextmanager

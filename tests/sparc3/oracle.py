@@ -6,6 +6,7 @@ custom backwards, and the whole model is one graph, so nothing is shared with sp
 
 import sys
 from contextlib import contextmanager
+from copy import deepcopy
 from unittest.mock import patch
 
 import torch
@@ -20,9 +21,9 @@ def share(x, part):
 
 
 def rms_norm(x, weight, eps, offset, constant):
-    wide = x.float()
+    wide = x if x.dtype == torch.float64 else x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (wide * (scale.detach() if constant else scale) * (offset + weight.float())).to(x.dtype)
+    return (wide * (scale.detach() if constant else scale) * (offset + weight.to(wide.dtype))).to(x.dtype)
 
 
 def layer_norm(x, weight, bias, eps, constant):
@@ -112,15 +113,55 @@ def reference_rules(model, rule):
         model.config._attn_implementation = implementation
 
 
-def weight_gradients(model, batch, rule, target):
-    """{name: gradient as stored} and the embedded input's gradient, of the sum of target(logits, batch)."""
-    model.zero_grad()
-    for parameter in model.parameters():
+def weight_gradients(model, batch, rule, target, dtype=torch.float64):
+    """(values [B], {name: gradient as stored}) of the sum of target(logits, batch), from a copy in ``dtype``."""
+    copy = deepcopy(model).to(dtype)
+    for parameter in copy.parameters():
         parameter.requires_grad_(True)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-    with reference_rules(model, rule):
-        value = target(model(**inputs, use_cache=False).logits, batch)
+    with reference_rules(copy, rule):
+        value = target(_logits(copy, batch), batch)
         value.sum().backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return value.detach(), gradients
+    return value.detach(), {name: p.grad for name, p in copy.named_parameters() if p.grad is not None}
+
+
+def residual_gradients(model, batch, rule, target, dtype=torch.float64):
+    """[(stream, gradient)] of what enters each block and, last, of what leaves the last one; all [B, T, D]."""
+    copy = deepcopy(model).to(dtype)
+    streams = []
+
+    def keep(stream):
+        stream = stream[0] if isinstance(stream, tuple) else stream
+        if not stream.requires_grad:  # OPT and GPT-2 add positions: the first stream is no parameter's own
+            stream.requires_grad_()
+        stream.retain_grad()
+        streams.append(stream)
+
+    blocks = copy.get_submodule(family_of(copy).blocks)
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, args: keep(args[0]))
+    blocks[-1].register_forward_hook(lambda module, args, output: keep(output))
+    with reference_rules(copy, rule):
+        target(_logits(copy, batch), batch).sum().backward()
+    return [(stream.detach(), stream.grad) for stream in streams]
+
+
+def token_gradients(model, batch, rule, target, names, dtype=torch.float64):
+    """{name: [B, T, N, K]} gradients of a linear's weight with every token given a weight of its own."""
+    copy = deepcopy(model).to(dtype)
+    own = {}
+    for name in names:
+        linear = copy.get_submodule(name.removesuffix(".weight"))
+        own[name] = torch.zeros(
+            *batch["input_ids"].shape, *linear.weight.shape, dtype=dtype, requires_grad=True
+        )
+        linear.register_forward_hook(
+            lambda module, args, y, extra=own[name]: y + torch.einsum("btk,btnk->btn", args[0], extra)
+        )
+    with reference_rules(copy, rule):
+        value = target(_logits(copy, batch), batch)
+        return dict(zip(own, torch.autograd.grad(value.sum(), own.values()), strict=True))
+
+
+def _logits(model, batch):
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    return model(**inputs, use_cache=False).logits
