@@ -7,18 +7,29 @@
 
 namespace sparc3 {
 
-// Which bins one counting pass fills: all scores by the upper 16 key bits, or those of one bin by the lower 16.
-struct Pass {
-    bool lower;
-    int32_t upper;  // key >> 16 of the bin that the lower pass splits
+constexpr size_t kBins = 65536;
+
+// A counting pass over the keys strictly between `low` and `high`: key - low - 1 >> shift is the bin.
+struct Bracket {
+    int32_t low, high;
+    int shift;  // (high - low - 2) >> shift < kBins
+};
+
+// What a bracket pass finds outside the bins. Scores equal to an end are counted here, so that a value shared by
+// many (zeros) costs no more than any other.
+struct Tally {
+    uint64_t below, at_low, at_high;
 };
 
 struct Kernels {
     const char *name;
 
-    // Count n scores into 65536 bins; upper bins start at key >> 16 == -32768. False where a score is NaN.
-    bool (*count32)(int dtype, const void *scores, size_t n, Pass pass, uint32_t *bins);
-    bool (*count64)(int dtype, const void *scores, size_t n, Pass pass, uint64_t *bins);
+    // Count n scores by the upper 16 bits of their keys; bin 0 is key >> 16 == -32768. False where one is NaN.
+    bool (*count_upper32)(int dtype, const void *scores, size_t n, uint32_t *bins);
+    bool (*count_upper64)(int dtype, const void *scores, size_t n, uint64_t *bins);
+    // Add the counts of one pass to `bins` and `tally`. False where a score is NaN.
+    bool (*count_bracket32)(int dtype, const void *scores, size_t n, Bracket bracket, Tally *tally, uint32_t *bins);
+    bool (*count_bracket64)(int dtype, const void *scores, size_t n, Bracket bracket, Tally *tally, uint64_t *bins);
     // How many of n scores have this key.
     uint64_t (*count_equal)(int dtype, const void *scores, size_t n, int32_t key);
     // Write ceil(n / 8) mask bytes; returns how many equal scores are still to be kept.

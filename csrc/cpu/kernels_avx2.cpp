@@ -3,8 +3,11 @@
 #include "sparc3/sparc3.h"
 
 #include "select_kernels.inl"
+#include "nm_kernels.inl"
 #include "weight_relevance_kernels.inl"
 
 const sparc3::Kernels sparc3::kernels_avx2 = {
-    "avx2", count<uint32_t>, count<uint64_t>, count_equal, mask, rows, nm, kTileN, kTileK, pack, tile,
+    "avx2",     count_upper<uint32_t>, count_upper<uint64_t>, count_bracket<uint32_t>, count_bracket<uint64_t>,
+    count_equal, mask,                  rows,                  nm,                      kTileN,
+    kTileK,      pack,                  tile,
 };

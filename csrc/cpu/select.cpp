@@ -9,7 +9,6 @@
 namespace sparc3 {
 namespace {
 
-constexpr size_t kBins = 65536;
 // A thread's 32-bit counts cannot overflow within a block.
 constexpr size_t kBlock = size_t{1} << 31;
 
@@ -55,7 +54,9 @@ Boundary boundary(const State &state, uint64_t rank) {
 
 // The calling thread counts into the state, the others into 32-bit bins of their own.
 int count_block(State &state, const void *scores, size_t n, int threads, uint32_t *bins) {
-    const Pass pass{state.stage == kLower, state.upper};
+    const int32_t floor = static_cast<int32_t>(static_cast<uint32_t>(state.upper) << 16);
+    const Bracket bracket{floor - 1, floor + static_cast<int32_t>(kBins), 0};  // the keys of the boundary bin
+    const bool upper = state.stage == kUpper;
     const int dtype = static_cast<int>(state.dtype);
     const Kernels &isa = kernels();
     std::atomic<bool> ok{true};
@@ -64,8 +65,12 @@ int count_block(State &state, const void *scores, size_t n, int threads, uint32_
         const void *from = at(dtype, scores, part.begin);
         uint32_t *mine = bins + kBins * static_cast<size_t>(t - 1);
         if (t) memset(mine, 0, kBins * sizeof *mine);
-        const bool clean = t ? isa.count32(dtype, from, part.size, pass, mine)
-                             : isa.count64(dtype, from, part.size, pass, state.bins);
+        Tally tally{};  // the rank within the bin is known: only the bins matter
+        const bool clean =
+            upper ? (t ? isa.count_upper32(dtype, from, part.size, mine)
+                       : isa.count_upper64(dtype, from, part.size, state.bins))
+                  : (t ? isa.count_bracket32(dtype, from, part.size, bracket, &tally, mine)
+                       : isa.count_bracket64(dtype, from, part.size, bracket, &tally, state.bins));
         if (!clean) ok.store(false, std::memory_order_relaxed);
     });
     for (int t = 1; t < threads; ++t)

@@ -2,8 +2,9 @@
 
 namespace {
 
+using sparc3::Bracket;
 using sparc3::kDigitBins;
-using sparc3::Pass;
+using sparc3::Tally;
 
 // Bits of a +inf of this dtype, as `load` puts them; a larger magnitude is NaN.
 inline int32_t infinity_bits(int dtype) { return dtype == SPARC3_FP16 ? 0x7c000000 : 0x7f800000; }
@@ -36,7 +37,7 @@ inline bool for_keys(const Source *scores, size_t n, int32_t infinity, const Bod
 
 inline uint32_t lane_mask(int lanes) { return (1u << lanes) - 1; }
 
-// bins[digit] += 1 for each valid lane. Equal neighbours (zeros, sorted scores) are added at once: repeated updates
+// bins[index] += 1 for each valid lane. Equal neighbours (zeros, sorted scores) are added at once: repeated updates
 // of one address would each wait for the store before.
 template <class Count>
 inline void count_lanes(Count *bins, Keys digits, int lanes) {
@@ -55,26 +56,47 @@ inline void count_lanes(Count *bins, Keys digits, int lanes) {
 }
 
 template <class Count>
-bool count(int dtype, const void *scores, size_t n, Pass pass, Count *bins) {
+bool count_upper(int dtype, const void *scores, size_t n, Count *bins) {
+    Count *centre = bins + sparc3::kBins / 2;
     return typed(dtype, scores, [&](const auto *source) {
-        if (!pass.lower) {
-            Count *centre = bins + 32768;
-            return for_keys(source, n, infinity_bits(dtype),
-                            [&](Keys keys, int lanes) { count_lanes(centre, shift_right<16>(keys), lanes); });
-        }
-        const Keys upper = broadcast(pass.upper);
+        return for_keys(source, n, infinity_bits(dtype),
+                        [&](Keys keys, int lanes) { count_lanes(centre, shift_right<16>(keys), lanes); });
+    });
+}
+
+// Few keys are inside, at unpredictable places: they are collected without a branch and counted 16 at a time.
+template <class Count>
+bool count_bracket(int dtype, const void *scores, size_t n, Bracket bracket, Tally *tally, Count *bins) {
+    const Keys low = broadcast(bracket.low), high = broadcast(bracket.high);
+    int32_t inside[2 * kLanes];
+    int waiting = 0;
+    uint64_t below = 0, at_low = 0, at_high = 0;
+    const auto count_waiting = [&](int lanes) {
+        int32_t index[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+            index[i] = (int32_t)(((uint32_t)inside[i] - (uint32_t)bracket.low - 1) >> bracket.shift);
+        count_lanes(bins, load(index), lanes);
+    };
+    const bool clean = typed(dtype, scores, [&](const auto *source) {
         return for_keys(source, n, infinity_bits(dtype), [&](Keys keys, int lanes) {
-            uint32_t members = equal(shift_right<16>(keys), upper) & lane_mask(lanes);
-            if (!members) return;
-            int32_t low[kLanes];
-            store(low, keys);
-            if (all_equal(keys)) {
-                bins[low[0] & 0xffff] += (Count)lanes;
-                return;
+            const uint32_t valid = lane_mask(lanes), under = greater(low, keys) & valid;
+            const uint32_t lowest = equal(keys, low) & valid, highest = equal(keys, high) & valid;
+            below += (uint64_t)__builtin_popcount(under);
+            at_low += (uint64_t)__builtin_popcount(lowest);
+            at_high += (uint64_t)__builtin_popcount(highest);
+            waiting += compress(inside + waiting, greater(high, keys) & ~under & ~lowest & valid, keys);
+            if (waiting >= kLanes) {
+                count_waiting(kLanes);
+                waiting -= kLanes;
+                store(inside, load(inside + kLanes));
             }
-            for (; members; members &= members - 1) ++bins[low[__builtin_ctz(members)] & 0xffff];
         });
     });
+    if (waiting) count_waiting(waiting);
+    tally->below += below;
+    tally->at_low += at_low;
+    tally->at_high += at_high;
+    return clean;
 }
 
 uint64_t count_equal(int dtype, const void *scores, size_t n, int32_t key) {
@@ -110,7 +132,7 @@ uint64_t mask(int dtype, const void *scores, size_t n, int32_t key, uint64_t kee
     return keep_equal;
 }
 
-// Appends runs of bits; the last byte is written by `flush`.
+// Appends runs of bits; the last ones are written by `flush`.
 struct BitWriter {
     uint8_t *next;
     uint64_t pending = 0;
@@ -119,10 +141,16 @@ struct BitWriter {
     void append(uint32_t bits, int n) {  // n <= 32
         pending |= (uint64_t)bits << count;
         count += n;
-        for (; count >= 8; count -= 8, pending >>= 8) *next++ = (uint8_t)pending;
+        if (count >= 32) {
+            const uint32_t word = (uint32_t)pending;
+            memcpy(next, &word, sizeof word);
+            next += sizeof word;
+            pending >>= 32;
+            count -= 32;
+        }
     }
     void flush() {
-        if (count) *next = (uint8_t)pending;
+        for (; count > 0; count -= 8, pending >>= 8) *next++ = (uint8_t)pending;
     }
 };
 
@@ -221,48 +249,6 @@ bool rows(int dtype, const void *scores, size_t rows, size_t cols, size_t prune,
         for (size_t r = 0; r < rows; ++r)
             if (!row(source + r * cols, cols, prune, infinity_bits(dtype), out, bins, candidates)) return false;
         return true;
-    });
-    out.flush();
-    return ok;
-}
-
-// Sixteen groups side by side: element p of group g is keys[p][g], so that ranks are counted without a branch.
-template <class Source>
-bool groups_of(const Source *scores, size_t groups, int keep, int group, int32_t infinity, BitWriter &out) {
-    int32_t linear[32 * kLanes] = {}, keys[32][kLanes], rank[32][kLanes];
-    uint32_t word[kLanes];
-    for (size_t g = 0; g < groups; g += kLanes) {
-        const int side = groups - g < kLanes ? (int)(groups - g) : kLanes;
-        int32_t *next = linear;
-        if (!for_keys(scores + g * (size_t)group, (size_t)(side * group), infinity, [&](Keys k, int) {
-                store(next, k);
-                next += kLanes;
-            }))
-            return false;
-        for (int p = 0; p < group; ++p)
-            for (int i = 0; i < kLanes; ++i) {
-                keys[p][i] = linear[i * group + p];  // beyond `side`: stale, never written out
-                rank[p][i] = 0;
-            }
-        for (int p = 1; p < group; ++p)
-            for (int q = 0; q < p; ++q)
-                for (int i = 0; i < kLanes; ++i) {
-                    const int32_t later_wins = keys[p][i] > keys[q][i];
-                    rank[q][i] += later_wins;
-                    rank[p][i] += 1 - later_wins;
-                }
-        for (int i = 0; i < kLanes; ++i) word[i] = 0;
-        for (int p = 0; p < group; ++p)
-            for (int i = 0; i < kLanes; ++i) word[i] |= (uint32_t)(rank[p][i] < keep) << p;
-        for (int i = 0; i < side; ++i) out.append(word[i], group);
-    }
-    return true;
-}
-
-bool nm(int dtype, const void *scores, size_t groups, int keep, int group, uint8_t *bits) {
-    BitWriter out{bits};
-    const bool ok = typed(dtype, scores, [&](const auto *source) {
-        return groups_of(source, groups, keep, group, infinity_bits(dtype), out);
     });
     out.flush();
     return ok;

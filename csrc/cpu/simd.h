@@ -7,6 +7,10 @@
 #include <immintrin.h>
 #endif
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "packed masks are written word by word: little-endian machines only"
+#endif
+
 namespace {
 
 constexpr int kLanes = 16;
@@ -44,6 +48,11 @@ inline int compress(int32_t *p, uint32_t mask, Keys a) {
     // Through a register: the memory form is microcoded on some CPUs.
     _mm512_storeu_si512(p, _mm512_maskz_compress_epi32((__mmask16)mask, a.v));
     return __builtin_popcount(mask);
+}
+// Lane i becomes lane index[i]; both lie in the same kPermuted lanes.
+constexpr int kPermuted = 16;
+inline Keys permute(Keys a, const int32_t *index) {
+    return {_mm512_permutexvar_epi32(_mm512_loadu_si512(index), a.v)};
 }
 // The `count` lowest set bits of `mask`.
 inline uint32_t lowest_bits(uint32_t mask, uint32_t count) { return _pdep_u32((1u << count) - 1, mask); }
@@ -92,61 +101,78 @@ inline bool all_equal(Keys x) {
     const __m256i first = _mm256_broadcastd_epi32(_mm256_castsi256_si128(x.a));
     return equal(x, {first, first}) == 0xffff;
 }
+constexpr int kPermuted = 8;
+inline Keys permute(Keys x, const int32_t *index) {
+    return {_mm256_permutevar8x32_epi32(x.a, _mm256_loadu_si256((const __m256i *)index)),
+            _mm256_permutevar8x32_epi32(x.b, _mm256_loadu_si256((const __m256i *)(index + 8)))};
+}
 inline uint32_t lowest_bits(uint32_t mask, uint32_t count) { return _pdep_u32((1u << count) - 1, mask); }
 
 #else
 
+// GCC vectors of 16 bytes: SSE2, NEON, or whatever the machine has.
+typedef int32_t Four __attribute__((vector_size(16)));
+
 struct Keys {
-    int32_t v[kLanes];
+    Four v[4];
 };
 
+template <class Body>
+inline Keys each(const Body &body) {
+    return {body(0), body(1), body(2), body(3)};
+}
 inline Keys load(const int32_t *p) {
     Keys k;
-    memcpy(k.v, p, sizeof k.v);
+    memcpy(&k, p, sizeof k);
     return k;
 }
 inline Keys load(const uint16_t *p) {
-    Keys k;
-    for (int i = 0; i < kLanes; ++i) k.v[i] = (int32_t)((uint32_t)p[i] << 16);
-    return k;
+    return each([&](int j) {
+        const uint16_t *q = p + 4 * j;
+        return (Four){q[0], q[1], q[2], q[3]} << 16;
+    });
 }
-inline void store(int32_t *p, Keys k) { memcpy(p, k.v, sizeof k.v); }
+inline void store(int32_t *p, Keys k) { memcpy(p, &k, sizeof k); }
 inline Keys broadcast(int32_t a) {
-    Keys k;
-    for (int i = 0; i < kLanes; ++i) k.v[i] = a;
-    return k;
+    return each([&](int) { return (Four){a, a, a, a}; });
 }
 inline Keys magnitude(Keys bits) {
-    for (int i = 0; i < kLanes; ++i) bits.v[i] &= 0x7fffffff;
-    return bits;
+    return each([&](int j) { return bits.v[j] & 0x7fffffff; });
 }
 inline Keys signed_key(Keys bits, Keys magnitude) {
-    for (int i = 0; i < kLanes; ++i) magnitude.v[i] = bits.v[i] < 0 ? -magnitude.v[i] : magnitude.v[i];
-    return magnitude;
+    return each([&](int j) {
+        const Four sign = bits.v[j] >> 31;
+        return (magnitude.v[j] ^ sign) - sign;
+    });
 }
 inline Keys max(Keys x, Keys y) {
-    for (int i = 0; i < kLanes; ++i) x.v[i] = x.v[i] > y.v[i] ? x.v[i] : y.v[i];
-    return x;
+    return each([&](int j) {
+        const Four larger = x.v[j] > y.v[j];
+        return (x.v[j] & larger) | (y.v[j] & ~larger);
+    });
 }
 template <int shift>
 inline Keys shift_right(Keys x) {
-    for (int i = 0; i < kLanes; ++i) x.v[i] >>= shift;
-    return x;
+    return each([&](int j) { return x.v[j] >> shift; });
+}
+inline uint32_t bits_of(Four a, Four b, Four c, Four d) {
+    const Four place = {1, 2, 4, 8};
+    const Four bits = (a & place) | (b & place << 4) | (c & place << 8) | (d & place << 12);
+    return (uint32_t)(bits[0] | bits[1] | bits[2] | bits[3]);
 }
 inline uint32_t greater(Keys x, Keys y) {
-    uint32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits |= (uint32_t)(x.v[i] > y.v[i]) << i;
-    return bits;
+    return bits_of(x.v[0] > y.v[0], x.v[1] > y.v[1], x.v[2] > y.v[2], x.v[3] > y.v[3]);
 }
 inline uint32_t equal(Keys x, Keys y) {
-    uint32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits |= (uint32_t)(x.v[i] == y.v[i]) << i;
-    return bits;
+    return bits_of(x.v[0] == y.v[0], x.v[1] == y.v[1], x.v[2] == y.v[2], x.v[3] == y.v[3]);
 }
-inline bool all_equal(Keys x) {
-    int32_t differ = 0;
-    for (int i = 1; i < kLanes; ++i) differ |= x.v[i] ^ x.v[0];
-    return !differ;
+inline bool all_equal(Keys x) { return equal(x, broadcast(x.v[0][0])) == 0xffff; }
+constexpr int kPermuted = 16;
+inline Keys permute(Keys x, const int32_t *index) {
+    int32_t from[kLanes], to[kLanes];
+    store(from, x);
+    for (int i = 0; i < kLanes; ++i) to[i] = from[index[i]];
+    return load(to);
 }
 inline uint32_t lowest_bits(uint32_t mask, uint32_t count) {
     uint32_t kept = 0;

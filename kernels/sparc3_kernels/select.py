@@ -179,9 +179,9 @@ def select_stream(chunks: Callable[[], Iterable[Tensor]], prune: int) -> Iterato
     """Prune the `prune` lowest scores over several tensors, taken in their order as one long row.
 
     Args:
-        chunks: each call returns a fresh iterable over the same tensors (any shapes, one dtype), held one at a
-            time: fp32 scores are read three times, 16-bit ones twice. Tensors of other devices are copied to
-            the CPU. The reference backend (fp64 scores, or no native library) holds them all instead.
+        chunks: each call returns a fresh iterable over the same tensors (any shapes, one dtype), held
+            one at a time: fp32 scores are read three times, 16-bit ones twice. Tensors of other devices are
+            copied to the CPU. The reference backend (fp64 scores, or no native library) holds them all.
         prune: how many to prune over all tensors.
 
     Yields:
