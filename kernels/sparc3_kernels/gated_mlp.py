@@ -48,7 +48,8 @@ RATIO: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def _quick_gelu_backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     s = torch.sigmoid(1.702 * x)
-    return dy * s * (1.0 + 1.702 * x * (1.0 - s))
+    # In this order nothing overflows in fp16: s (1 - s) is 0 where 1.702 x is infinite.
+    return dy * (s + 1.702 * (x * (s * (1.0 - s))))
 
 
 _DERIVATIVE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

@@ -1,0 +1,136 @@
+"""Closed forms of f(x)/x and the gated product, against f itself and against autograd, in float64."""
+
+import math
+
+import pytest
+import torch
+from sparc3_kernels.gated_mlp import RATIO, activation_backward, gated_product_backward
+from torch.nn import functional as F
+
+FUNCTIONS = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+# Zeros of both signs, numbers that an epsilon of 1e-10 would cancel or that fp16 rounds to zero, both
+# tails, and values whose cube, or 1.702 times which, overflows fp16.
+ADVERSARIAL = [
+    0.0,
+    -0.0,
+    1e-10,
+    -1e-10,
+    1e-7,
+    -1e-7,
+    1e-3,
+    -1e-3,
+    -1.5,
+    3.0,
+    -9.0,
+    9.0,
+    88.0,
+    -88.0,
+    6e4,
+    -6e4,
+]
+
+
+def test_every_activation_has_a_function_to_compare_with():
+    assert set(FUNCTIONS) == set(RATIO)
+
+
+@pytest.mark.parametrize("name", RATIO)
+def test_ratio_times_x_is_the_activation(name):
+    x = torch.linspace(-8, 8, 1601, dtype=torch.float64)
+    # Both sides cancel in the tail, where f(x) is the difference of numbers near |x| rounded at 2^-53.
+    torch.testing.assert_close(RATIO[name](x) * x, FUNCTIONS[name](x), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", set(RATIO) - {"relu"})
+@pytest.mark.parametrize("dtype", LOW)
+def test_ratio_at_zero_is_its_limit(name, dtype):
+    x = torch.tensor([0.0, -0.0, 1e-10, -1e-10], dtype=dtype)
+    # f(x)/x -> f'(0) = 1/2 for all smooth ones; one rounding away at most.
+    torch.testing.assert_close(RATIO[name](x), torch.full_like(x, 0.5), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("name", RATIO)
+@pytest.mark.parametrize("dtype", LOW)
+def test_low_precision_is_finite_and_close(name, dtype, identity):
+    x = torch.tensor(ADVERSARIAL, dtype=dtype)
+    dy = torch.full_like(x, 1.25)
+    ours = activation_backward(dy, x, name, identity)
+    theirs = activation_backward(dy.double(), x.double(), name, identity)
+    assert ours.isfinite().all()
+    # The argument z = c x (1 + ...) of the closed form is rounded up to 6 times, which moves a ratio in [0,
+    # 1] by at most 6 eps |z r'(z)| <= 6 eps * 0.3; then dy times it is rounded once. f' = r + x r' has two
+    # such terms.
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1.25 * 3 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gelu_keeps_its_tail(dtype):
+    # Phi(-5) = 2.9e-7: 1 + erf would lose every digit of it in fp32.
+    x = torch.tensor([-5.0, -3.0], dtype=dtype)
+    expected = [0.5 * math.erfc(-value / math.sqrt(2)) for value in x.tolist()]
+    # d log Phi / d log x = 27 at -5, for a rounding of x / sqrt(2) each.
+    torch.testing.assert_close(
+        RATIO["gelu"](x), torch.tensor(expected, dtype=dtype), rtol=2 * 27 * torch.finfo(dtype).eps, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", RATIO)
+def test_derivative(name):
+    x = torch.cat([torch.linspace(-8, 8, 401), torch.tensor([0.0, -0.0])]).double().requires_grad_()
+    dy = torch.linspace(-2, 2, 403, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(FUNCTIONS[name](x), x, dy)
+    torch.testing.assert_close(
+        activation_backward(dy, x.detach(), name, False), expected, rtol=1e-12, atol=1e-14
+    )
+
+
+def share(x, part):
+    return x * part + (x * (1 - part)).detach()
+
+
+# All three choices of the gate part, with an activation of each kind of closed form; a width that no tile
+# divides.
+@pytest.mark.parametrize("scales", [(0.5, 0.5), (1.0, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
+def test_gated_product(name, identity, scales):
+    generator = torch.Generator().manual_seed(0)
+    dp, gate, up = torch.randn(3, 2, 5, 47, generator=generator, dtype=torch.float64)
+    gate.requires_grad_()
+    up.requires_grad_()
+    y = FUNCTIONS[name](gate)
+    activated = gate * (y / gate).detach() if identity else y
+    product = share(activated, scales[0]) * share(up, scales[1])
+    expected = torch.autograd.grad(product, (gate, up), dp)
+    ours = gated_product_backward(
+        dp, gate.detach(), up.detach(), y.detach(), name, identity, scales[0], scales[1]
+    )
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_half_rule_conserves_relevance():
+    generator = torch.Generator().manual_seed(1)
+    dp, gate, up = torch.randn(3, 5, 47, generator=generator, dtype=torch.float64)
+    activated = F.silu(gate)
+    dgate, dup = gated_product_backward(dp, gate, up, activated, "silu", True, 0.5, 0.5)
+    relevance = dp * activated * up
+    torch.testing.assert_close(dgate * gate, relevance / 2, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(dup * up, relevance / 2, rtol=1e-13, atol=1e-15)
+
+
+def test_inputs_are_left_alone():
+    dp, gate, up = torch.randn(3, 5, 47, generator=torch.Generator().manual_seed(2))
+    activated = F.silu(gate)
+    before = [tensor.clone() for tensor in (dp, gate, up, activated)]
+    gated_product_backward(dp, gate, up, activated, "silu", True, 0.5, 0.5)
+    for tensor, copy in zip((dp, gate, up, activated), before, strict=True):
+        assert torch.equal(tensor, copy)
