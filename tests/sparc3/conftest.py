@@ -1,4 +1,4 @@
-"""What every test here needs: its helpers importable, transformers quiet, and one thread (sums in one order)."""
+"""For every test here: helpers importable, transformers quiet, one thread (sums in one order)."""
 
 import sys
 from pathlib import Path

@@ -114,7 +114,7 @@ def reference_rules(model, rule):
 
 
 def weight_gradients(model, batch, rule, target, dtype=torch.float64):
-    """(values [B], {name: gradient as stored}) of the sum of target(logits, batch), from a copy in ``dtype``."""
+    """(values [B], {name: gradient as stored}) of target(logits, batch), from a copy in ``dtype``."""
     copy = deepcopy(model).to(dtype)
     for parameter in copy.parameters():
         parameter.requires_grad_(True)
@@ -125,7 +125,7 @@ def weight_gradients(model, batch, rule, target, dtype=torch.float64):
 
 
 def residual_gradients(model, batch, rule, target, dtype=torch.float64):
-    """[(stream, gradient)] of what enters each block and, last, of what leaves the last one; all [B, T, D]."""
+    """[(stream, gradient)] of what enters each block and, last, leaves the last one; all [B, T, D]."""
     copy = deepcopy(model).to(dtype)
     streams = []
 

@@ -1,11 +1,11 @@
 """Every declared family: logits equal to the last bit, relevance equal to plain autograd's.
 
-Grid: each configuration of tiny.py is there for a part that no other has; both attention implementations, because
-they build masks differently; three rules for relevance, because each takes another branch of every backward
-(AttnLRP: closed forms and constant scales; gradient: derivatives; CP: cut branches).
+Grid: each configuration of tiny.py is there for a part that no other has; both attention implementations,
+because they build masks differently; three rules for relevance, because each takes another branch of every
+backward (AttnLRP: closed forms and constant scales; gradient: derivatives; CP: cut branches).
 """
 
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ from sparc3.scores import Accumulators, accumulate
 from sparc3.targets import target_value
 from sparc3.wrap import wrap
 
-# fp32 against fp64: the forward and the backward are some 40 operations deep and sum up to 50 products of random
-# sign each; 2^-24 * sqrt(40 * 50) = 2.7e-6 of the largest term. DESIGN.md promises 1e-5.
+# fp32 against fp64: the forward and the backward are some 40 operations deep and sum up to 50 products of
+# random sign each; 2^-24 * sqrt(40 * 50) = 2.7e-6 of the largest term. DESIGN.md promises 1e-5.
 TOLERANCE = 1e-5
 
 
@@ -31,7 +31,7 @@ def logits(model, inputs):
     return model(**inputs, use_cache=False).logits
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference(name, rule):
     """{weight: gradient} of the log-probability, every sample run alone and without its padding."""
     model = build(name, "eager")
@@ -98,8 +98,8 @@ def test_relevance_of_a_padded_batch_equals_autograd_on_single_samples(name, att
     check_against_reference(build(name, attention), name, rule)
 
 
-# Each part of the rule alone. Three models have every part among them: qwen3 (RMS and q/k-norms, gate), gpt_neox
-# (LayerNorm, plain MLP) and mixtral (router weight x expert output).
+# Each part of the rule alone. Three models have every part among them: qwen3 (RMS and q/k-norms, gate),
+# gpt_neox (LayerNorm, plain MLP) and mixtral (router weight x expert output).
 @pytest.mark.parametrize(
     "part",
     [

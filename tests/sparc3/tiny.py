@@ -32,8 +32,8 @@ _GATED = _SIZE | {"intermediate_size": 48, "num_key_value_heads": 2}
 _MOE = _GATED | {"num_experts_per_tok": 2}
 _OPT = _SIZE | {"ffn_dim": 48, "word_embed_proj_dim": 32}
 
-# Why each: what it has that no other one has. Windows of 5 are shorter than the batch, and soft-caps of 2 and 3
-# bend scores and logits of this size.
+# Why each: what it has that no other one has. Windows of 5 are shorter than the batch, and soft-caps of 2
+# and 3 bend scores and logits of this size.
 CONFIGS = {
     "llama": (LlamaConfig, _GATED),
     "mistral": (MistralConfig, _GATED | {"sliding_window": 5}),
