@@ -30,8 +30,6 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _NOTE = "sparc3_note.txt"
 # The hub is asked once before transformers is, which tries for 23 s when there is no network.
 _HUB_TIMEOUT_S = 10
-# What transformers, safetensors and gguf raise for files that they cannot use.
-_UNREADABLE = (OSError, ValueError, KeyError, IndexError, RuntimeError, ImportError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -199,9 +197,8 @@ def _beside(folder: Path) -> Iterator[Path]:
 def _unreadable(what: str) -> Iterator[None]:
     try:
         yield
-    except InputError:
-        raise
-    except _UNREADABLE as error:
+    # For a bad file transformers and gguf raise nearly every class, and tokenizers plain Exception.
+    except Exception as error:
         raise InputError(f"{what}: {error}") from error
 
 
