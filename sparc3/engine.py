@@ -66,7 +66,9 @@ class Blocks:
             return self._run(batch, positions)
 
     def _run(self, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        inputs = {
+            name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch
+        }
         mask = batch.get("attention_mask")
         if mask is not None and "position_ids" not in batch and not mask.all():
             # As generate() does: learned positions (GPT-2) would otherwise count the padding on the left.

@@ -1,8 +1,8 @@
 """Relevance of tokens, heads, neurons, residual streams and weights, for whoever wants to look at it.
 
-    with sparc3.relevance(model, target="logit", positions="last") as r:
-        r.backward(tokenizer("The capital of France is", return_tensors="pt"))
-    r.tokens            # [1, T]
+with sparc3.relevance(model, target="logit", positions="last") as r:
+    r.backward(tokenizer("The capital of France is", return_tensors="pt"))
+r.tokens            # [1, T]
 """
 
 from __future__ import annotations
@@ -138,7 +138,10 @@ def relevance(
         handles = []
         for layer, block in enumerate(blocks.blocks):
             handles.append(block.register_forward_pre_hook(partial(before, layer, "residual")))
-            inputs = {"heads": find(block, family.attention_output), "neurons": find(block, family.mlp_output)}
+            inputs = {
+                "heads": find(block, family.attention_output),
+                "neurons": find(block, family.mlp_output),
+            }
             for kind, module in inputs.items():
                 if module is not None:
                     handles.append(module.register_forward_pre_hook(partial(before, layer, kind)))

@@ -85,13 +85,19 @@ def sweep(
         blocks = Blocks(model)
         recorded = [blocks.record(batch) for batch in samples]
         hidden = [first for first, _ in recorded]
-        total, blocks_total, reported = sum(len(batch["input_ids"]) for batch in samples), len(blocks.blocks), 0
+        total, blocks_total, reported = (
+            sum(len(batch["input_ids"]) for batch in samples),
+            len(blocks.blocks),
+            0,
+        )
         prefix = family_of(model).blocks
         for index in range(blocks_total):
             of_block = {
                 name: weight for name, weight in weights.items() if name.startswith(f"{prefix}.{index}.")
             }
-            norms, outputs = _observe(blocks, index, samples, hidden, [calls for _, calls in recorded], of_block)
+            norms, outputs = _observe(
+                blocks, index, samples, hidden, [calls for _, calls in recorded], of_block
+            )
             kept = {
                 name: visit(name, _scores(weight, norms[name], method)) for name, weight in of_block.items()
             }
@@ -149,7 +155,9 @@ def _observe(
     try:
         outputs = []
         for batch, x, call in zip(samples, hidden, calls, strict=True):
-            mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
+            mask = (
+                batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
+            )
             real = mask.reshape(-1).bool()
             outputs.append(blocks.run(index, x, call[index]))
     finally:
@@ -192,11 +200,11 @@ def _scores(weight: Prunable, norms: torch.Tensor, method: str) -> torch.Tensor:
 
 
 @contextmanager
-def _pruned(
-    weights: Mapping[str, Prunable], kept: Mapping[str, torch.Tensor | None]
-) -> Iterator[None]:
+def _pruned(weights: Mapping[str, Prunable], kept: Mapping[str, torch.Tensor | None]) -> Iterator[None]:
     """Within the context the weights that are not kept are zero; afterwards they are back, bit for bit."""
-    dense = {name: weight.weight.detach().clone() for name, weight in weights.items() if kept[name] is not None}
+    dense = {
+        name: weight.weight.detach().clone() for name, weight in weights.items() if kept[name] is not None
+    }
     try:
         for name in dense:
             weight = weights[name]

@@ -157,6 +157,7 @@ def attribute(
             relevance by construction; a sample with a non-finite relevance.
     """
     from sparc3.mask import fingerprint
+
     from sparc3.schedules import activation_scores
 
     weights = prunable(model, include, exclude)
@@ -179,10 +180,12 @@ def attribute(
             "reduce": reduce,
             "skip_first": skip_first,
         }
-        accumulate(model, _as_batches(model, samples), parsed, target, positions, weights, sink, memory, progress)
+        accumulate(
+            model, as_batches(model, samples), parsed, target, positions, weights, sink, memory, progress
+        )
         tensors = sink.scores()
     elif method in ("wanda", "ria"):
-        tensors = activation_scores(model, _as_batches(model, samples), method, weights, progress)
+        tensors = activation_scores(model, as_batches(model, samples), method, weights, progress)
     elif method in ("magnitude", "random"):
         tensors = _sample_free_scores(weights, method, seed)
         settings |= {"seed": seed} if method == "random" else {}
@@ -224,7 +227,8 @@ def accumulate(
                 progress(len(batch["input_ids"]))
 
 
-def _as_batches(model: PreTrainedModel, samples: torch.Tensor | Sequence[Batch]) -> list[Batch]:
+def as_batches(model: PreTrainedModel, samples: torch.Tensor | Sequence[Batch]) -> list[Batch]:
+    """Windows [N, T] or batches as a list of batches on the model's device."""
     if isinstance(samples, torch.Tensor):
         samples = list(batches(samples, max(1, _TOKENS_IN_FLIGHT // samples.shape[1])))
     return [{name: value.to(model.device) for name, value in batch.items()} for batch in samples]

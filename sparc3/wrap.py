@@ -120,7 +120,9 @@ def _norm_backward(
     return lambda dy, x: rms_norm_backward(dy, x, module.weight, eps, offset, scale_gradient)
 
 
-def _norm(backward: Callable[..., torch.Tensor], forward: Callable[..., torch.Tensor], x: torch.Tensor) -> Any:
+def _norm(
+    backward: Callable[..., torch.Tensor], forward: Callable[..., torch.Tensor], x: torch.Tensor
+) -> Any:
     y = autograd.Norm.apply(x, forward, backward)
     return Recomputed.attach(y, lambda: forward(x.detach()))
 
@@ -203,7 +205,12 @@ def _register_attention(implementation: str) -> str:
         return name
 
     def attention(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        **kwargs: Any,
     ) -> Any:
         if implementation == "eager":
             function = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]

@@ -1,0 +1,52 @@
+"""Time of attributing all weights, ours beside plain backwards. Run through `make bench`; see bench/ratios.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attribution_cases import IMPLEMENTATIONS, load_benchmark_model
+
+from sparc3.families import prunable
+
+# (model, samples, tokens): the shapes that the project's goals are stated for.
+WHOLE = [(model, 1, tokens) for model in ("tiny-llama", "smollm2", "gemma3") for tokens in (128, 2048)]
+SHORT = [(model, 1, 16) for model in ("tiny-llama", "smollm2", "gemma3")]
+PER_SAMPLE = [(model, 64, 16) for model in ("tiny-llama", "smollm2", "gemma3")]
+
+
+def _run(benchmark, group: str, model_name: str, samples: int, tokens: int, implementation: str) -> None:
+    model = load_benchmark_model(model_name).model
+    if tokens > model.config.max_position_embeddings:
+        pytest.skip(f"{model_name} has {model.config.max_position_embeddings} positions")
+    ids = torch.randint(
+        0, model.config.vocab_size, (samples, tokens), generator=torch.Generator().manual_seed(0)
+    )
+    weights = sum(weight.weight.numel() for weight in prunable(model).values())
+    run = IMPLEMENTATIONS[implementation](model, ids)
+    benchmark.group = f"{group} {model_name} {samples}x{tokens}"
+    benchmark.extra_info |= {
+        "impl": implementation,
+        "flops": 6 * weights * samples * tokens,
+        "bytes": 4 * 3 * weights,
+    }
+    benchmark.pedantic(
+        run, rounds=3 if samples * tokens > 512 and model_name != "tiny-llama" else 9, warmup_rounds=1
+    )
+
+
+@pytest.mark.parametrize("implementation", ["sparc3", "plain-backward", "plain-backward-chunked-logits"])
+@pytest.mark.parametrize(("model", "samples", "tokens"), WHOLE)
+def test_all_weights(benchmark, model, samples, tokens, implementation):
+    _run(benchmark, "all weights", model, samples, tokens, implementation)
+
+
+@pytest.mark.parametrize("implementation", ["sparc3", "backward+accumulate"])
+@pytest.mark.parametrize(("model", "samples", "tokens"), SHORT)
+def test_short_prompt(benchmark, model, samples, tokens, implementation):
+    _run(benchmark, "short prompt", model, samples, tokens, implementation)
+
+
+@pytest.mark.parametrize("implementation", ["sparc3", "backward+accumulate"])
+@pytest.mark.parametrize(("model", "samples", "tokens"), PER_SAMPLE)
+def test_per_sample(benchmark, model, samples, tokens, implementation):
+    _run(benchmark, "per sample", model, samples, tokens, implementation)

@@ -1,0 +1,70 @@
+"""Peak memory beyond the weights of one attribution, each implementation in a process of its own.
+
+    python bench/peak_memory.py smollm2 2048            # all implementations, as a table and JSON on stdout
+    python bench/peak_memory.py smollm2 2048 sparc3     # one of them, one number of bytes
+
+The peak is the process's maximum resident size minus its resident size just before the attribution, so it counts
+activations, gradients, accumulators and logits, but neither the model nor the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import torch
+
+IMPLEMENTATIONS = ("sparc3", "sparc3-recompute", "plain-backward", "plain-backward-chunked-logits")
+
+
+def measure(model_name: str, tokens: int, implementation: str) -> int:
+    """Bytes beyond what was resident before the attribution."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from attribution_cases import IMPLEMENTATIONS as runs
+    from attribution_cases import load_benchmark_model, ours
+
+    model = load_benchmark_model(model_name).model
+    # Touch every page of memory-mapped weights, so that reading them does not count.
+    checksum = sum(float(parameter.detach().sum()) for parameter in model.parameters())
+    assert checksum == checksum
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    process, before = psutil.Process(), psutil.Process().memory_info().rss
+    if implementation == "sparc3-recompute":
+        run = ours(model, ids, memory=0)
+    else:
+        run = runs[implementation](model, ids)
+    peak, done = before, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run()
+    done.set()
+    watcher.join()
+    return peak - before
+
+
+def main() -> None:
+    model_name, tokens, *implementations = sys.argv[1:]
+    if implementations:
+        print(measure(model_name, int(tokens), implementations[0]))
+        return
+    peaks = {}
+    for implementation in IMPLEMENTATIONS:
+        command = [sys.executable, __file__, model_name, tokens, implementation]
+        peaks[implementation] = int(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        )
+    print(json.dumps({"model": model_name, "tokens": int(tokens), "peak_bytes": peaks}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

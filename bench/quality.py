@@ -1,0 +1,307 @@
+"""Which score prunes best, on real models: what is explained, how samples are reduced, and every part of the rule.
+
+    python bench/quality.py tables                  # both tables, one calibration seed, development text
+    python bench/quality.py defaults                # the defaults beside their peers, three seeds, held-out text
+    python bench/quality.py tables --model smollm2  # one model
+
+Calibration and development windows are disjoint parts of lee_background.cor, the held-out windows are lee.cor; a
+window is BOS and 128 tokens. Defaults were chosen on the development text; the held-out text is for reporting.
+Results go to bench/results/quality-*.json with every window's negative log-likelihood, and to a Markdown table.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from attribution_cases import load_benchmark_model
+from real_models import lee, lee_background
+from rich.console import Console
+from sparc3.compress import DEFAULTS, default_settings, prune
+from sparc3.mask import Mask, fingerprint
+from sparc3.report import versions
+
+from sparc3.evaluate import Perplexity, paired_interval, perplexity
+from sparc3.families import prunable
+from sparc3.rules import Rule
+from sparc3.samples import read_documents, windows
+from sparc3.scores import Accumulators, Batch, Scores, accumulate, as_batches
+
+RESULTS = Path(__file__).parent / "results"
+PATTERNS = ("row", "2:4", "layer", "global")
+LENGTH, DEVELOPMENT_WINDOWS = 128, 32
+console = Console(stderr=True, width=140)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One score: a rule and what it explains, and how samples are reduced and ranked."""
+
+    rule: str
+    target: str = "logprob"
+    reduce: str = "abs"
+    skip_first: bool = False
+    by: str = "magnitude"
+
+    @property
+    def backward(self) -> tuple[str, str]:
+        """Cases that share it come out of one pass."""
+        return self.rule, self.target
+
+    def __str__(self) -> str:
+        parts = [self.rule, self.target, self.reduce]
+        parts += ["first token left out"] if self.skip_first else []
+        parts += ["lowest first"] if self.by == "value" else []
+        return ", ".join(parts)
+
+
+SCORES = (
+    Case("gradient"),
+    Case("gradient", reduce="token-square"),
+    Case("attnlrp"),
+    Case("attnlrp", reduce="token-square"),
+    Case("attnlrp", target="logit"),
+    Case("attnlrp", target="logit", reduce="signed"),
+    Case("attnlrp", target="logit", reduce="signed", by="value"),
+    Case("attnlrp", target="logit-mean", skip_first=True),
+)
+MLP = "gradient,activation=identity,gate=half"
+PARTS = {
+    "attention (half rules)": "gradient,attention=half",
+    "MLP (identity and half rule)": MLP,
+    "attention and MLP": f"{MLP},attention=half",
+    "norms (scale held constant)": "gradient,norm=constant",
+    "q/k-norms only": "gradient,qknorm=constant",
+    "all but the q/k-norms": "attnlrp,qknorm=gradient",
+    "activation (identity)": "gradient,activation=identity",
+}
+PART_CASES = tuple(Case(rule, reduce=reduce) for rule in PARTS.values() for reduce in ("abs", "token-square"))
+BASELINES = ("magnitude", "wanda", "ria")
+
+
+class Several:
+    """Fills several accumulators from one backward."""
+
+    def __init__(self, sinks: Sequence[Accumulators]) -> None:
+        self.sinks = sinks
+
+    def start(self, batch: Batch) -> None:
+        for sink in self.sinks:
+            sink.start(batch)
+
+    def linear(self, name: str, g: torch.Tensor, x: torch.Tensor) -> None:
+        for sink in self.sinks:
+            sink.linear(name, g, x)
+
+
+class Study:
+    """One model, its calibration windows for a seed, and the windows that it is judged on."""
+
+    def __init__(self, model_name: str, held_out: bool) -> None:
+        self.loaded = load_benchmark_model(model_name)
+        self.model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        background = windows(tokenizer, read_documents([str(lee_background())]), LENGTH)
+        order = torch.randperm(len(background), generator=torch.Generator().manual_seed(0))
+        self.pool = background[order[DEVELOPMENT_WINDOWS:].sort().values]
+        if held_out:
+            self.judged = windows(tokenizer, read_documents([str(lee())]), LENGTH)
+        else:
+            self.judged = background[order[:DEVELOPMENT_WINDOWS].sort().values]
+        self.dense = self.perplexity()
+
+    def perplexity(self) -> Perplexity:
+        return perplexity(self.model, self.judged)
+
+    def calibration(self, seed: int, samples: int) -> torch.Tensor:
+        order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(1 + seed))
+        return self.pool[order[:samples].sort().values]
+
+    def pruned(self, mask: Mask) -> Perplexity:
+        mask.apply(self.model, keep=True)
+        try:
+            return self.perplexity()
+        finally:
+            mask.undo(self.model)
+
+    def scores(self, cases: Sequence[Case], samples: torch.Tensor) -> Iterator[tuple[Case, Scores]]:
+        """One pass for all cases that share a backward."""
+        weights = prunable(self.model)
+        identity = fingerprint(self.model, {name: weight.weight for name, weight in weights.items()})
+        sinks: dict[Case, Accumulators] = {}
+        for case in cases:
+            # Ranked differently, the same sums serve.
+            twin = next((sink for other, sink in sinks.items() if _sums(other) == _sums(case)), None)
+            sinks[case] = twin or Accumulators(weights, case.reduce, case.skip_first)
+        rule, target = cases[0].backward
+        distinct = list({id(sink): sink for sink in sinks.values()}.values())
+        accumulate(
+            self.model,
+            as_batches(self.model, samples),
+            Rule.parse(rule),
+            target,
+            "all",
+            weights,
+            Several(distinct),
+        )
+        tensors = {id(sink): sink.scores() for sink in distinct}
+        for case, sink in sinks.items():
+            yield case, Scores(tensors[id(sink)], frozenset(), identity, asdict(case))
+
+
+def _sums(case: Case) -> tuple:
+    return (*case.backward, case.reduce, case.skip_first)
+
+
+def _sparsity(pattern: str) -> float | None:
+    return None if ":" in pattern else 0.5
+
+
+def run_cases(
+    study: Study, cases: Sequence[Case], patterns: Sequence[str], seed: int, samples: int
+) -> list[dict]:
+    """Perplexity of every case and pattern."""
+    results = []
+    groups: dict[tuple, list[Case]] = {}
+    for case in dict.fromkeys(cases):
+        groups.setdefault(case.backward, []).append(case)
+    for group in groups.values():
+        start = time.perf_counter()
+        for case, scores in study.scores(group, study.calibration(seed, samples)):
+            for pattern in patterns:
+                result = study.pruned(scores.select(_sparsity(pattern), pattern, by=case.by))
+                results.append(_row(str(case), asdict(case), pattern, seed, result))
+        console.print(f"  {group[0].backward}: {time.perf_counter() - start:.0f} s")
+    return results
+
+
+def run_method(study: Study, method: str, pattern: str, seed: int, samples: int, **settings: object) -> dict:
+    """Perplexity of a method with sparc3.prune's own defaults, or with the settings given."""
+    mask = prune(
+        study.model, study.calibration(seed, samples), method, _sparsity(pattern), pattern, **settings
+    )
+    return _row(method, settings, pattern, seed, study.pruned(mask))
+
+
+def _row(label: str, settings: dict, pattern: str, seed: int, result: Perplexity) -> dict:
+    console.print(f"    seed {seed} {pattern:>6} {result.value:12.2f}  {label}")
+    return {
+        "label": label,
+        "settings": settings,
+        "pattern": pattern,
+        "seed": seed,
+        "perplexity": result.value,
+        "nll": [round(value, 6) for value in result.nll.tolist()],
+    }
+
+
+def run_tables(model_name: str, samples: int) -> dict:
+    """Both tables of scores: one calibration seed, development text."""
+    study = Study(model_name, held_out=False)
+    results = run_cases(study, SCORES + PART_CASES, PATTERNS, 0, samples)
+    for method in BASELINES:
+        patterns = ("row", "2:4") if method != "magnitude" else ("row", "2:4", "global")
+        results += [run_method(study, method, pattern, 0, samples) for pattern in patterns]
+    return _file(study, model_name, "development", samples, results)
+
+
+def run_defaults(model_name: str, samples: int, seeds: int) -> dict:
+    """The defaults, gradient with the same target and reduction, and the baselines; held-out text."""
+    study = Study(model_name, held_out=True)
+    results = []
+    for seed in range(seeds):
+        for pattern in PATTERNS:
+            settings = default_settings(pattern)
+            same = {**settings, "rule": "gradient"}
+            results.append(run_method(study, "lrp", pattern, seed, samples, **settings))
+            results.append(run_method(study, "gradient", pattern, seed, samples, **same))
+            for method in BASELINES:
+                if method != "magnitude" or seed == 0:
+                    results.append(run_method(study, method, pattern, seed, samples))
+    return _file(study, model_name, "held-out", samples, results) | {"defaults": DEFAULTS}
+
+
+def _file(study: Study, model_name: str, text: str, samples: int, results: list[dict]) -> dict:
+    return {
+        "model": model_name,
+        "note": study.loaded.note,
+        "text": text,
+        "calibration": {"windows": samples, "tokens": LENGTH},
+        "judged": {
+            "windows": len(study.judged),
+            "tokens": study.dense.tokens,
+            "context": study.dense.context,
+        },
+        "dense": study.dense.value,
+        "dense_nll": study.dense.nll.tolist(),
+        "results": results,
+    }
+
+
+def markdown(data: dict) -> str:
+    """One table a model: geometric mean of the perplexity over seeds, and the paired interval against Wanda."""
+    lines = []
+    for of_model in data["models"]:
+        lines.append(
+            f"### {of_model['model']} ({of_model['note']}), {of_model['text']} text, dense {of_model['dense']:.2f}, "
+            f"{of_model['calibration']['windows']} calibration windows of {LENGTH} tokens\n"
+        )
+        lines.append("| score | " + " | ".join(PATTERNS) + " |\n|---|" + "---|" * len(PATTERNS))
+        for label in dict.fromkeys(row["label"] for row in of_model["results"]):
+            cells = [_cell(of_model["results"], label, pattern) for pattern in PATTERNS]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(results: list[dict], label: str, pattern: str) -> str:
+    mine = _nll(results, label, pattern)
+    if mine is None:
+        return ""
+    text = f"{mine.nll.mean().exp().item():.1f}"
+    peer = _nll(results, "wanda", pattern)
+    if peer is None or label == "wanda" or mine.nll.shape != peer.nll.shape:
+        return text
+    _, low, high = paired_interval(mine, peer)
+    return f"{text} ({low:+.3f}, {high:+.3f})"
+
+
+def _nll(results: list[dict], label: str, pattern: str) -> Perplexity | None:
+    """Each window's negative log-likelihood, averaged over the seeds so that windows are independent."""
+    rows = [row["nll"] for row in results if row["label"] == label and row["pattern"] == pattern]
+    if not rows:
+        return None
+    nll = torch.tensor(rows, dtype=torch.float64).mean(0)
+    return Perplexity(nll.mean().exp().item(), 0, LENGTH + 1, nll)
+
+
+def main(
+    study: Annotated[str, typer.Argument(help="tables | defaults")],
+    model: Annotated[
+        list[str] | None, typer.Option(help="smollm2 | gemma3 | a folder; both real models if none")
+    ] = None,
+    samples: int = 32,
+    seeds: int = 3,
+) -> None:
+    """Run a study and write its JSON and Markdown to bench/results."""
+    run = {
+        "tables": lambda name: run_tables(name, samples),
+        "defaults": lambda name: run_defaults(name, samples, seeds),
+    }
+    data = {"study": study, "versions": versions(), "models": []}
+    target = RESULTS / f"quality-{study}-{time.strftime('%Y-%m-%d')}.json"
+    for name in model or ["smollm2", "gemma3"]:
+        console.print(f"{name}:")
+        data["models"].append(run[study](name))
+        target.write_text(json.dumps(data, indent=1))
+        target.with_suffix(".md").write_text(markdown(data))
+    Console(width=140).print(markdown(data), markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
