@@ -13,7 +13,7 @@
 namespace sparc3 {
 namespace {
 
-constexpr size_t kBatchTokens = 1024;
+constexpr size_t kBatchTokens = 256;
 constexpr size_t kBlockBytes = 768 << 10;
 // Multiples of every instruction set's tile (rows 8, 6, 4; columns 48, 16, 8).
 constexpr size_t kBlockN = 72, kStepN = 24, kStepK = 48;
