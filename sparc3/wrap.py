@@ -185,6 +185,7 @@ def _attention(model: PreTrainedModel, family: Family, rule: Rule) -> Iterator[N
     implementation = model.config._attn_implementation
     name = _register_attention(implementation)
     modules = [find(block, family.attention) for block in blocks_of(model)]
+    outer = [vars(module).get("_sparc3_scales") for module in modules]
     for module in modules:
         module._sparc3_scales = rule.attention_scales
     model.config._attn_implementation = name
@@ -192,8 +193,11 @@ def _attention(model: PreTrainedModel, family: Family, rule: Rule) -> Iterator[N
         yield
     finally:
         model.config._attn_implementation = implementation
-        for module in modules:
-            del module._sparc3_scales
+        for module, scales in zip(modules, outer, strict=True):
+            if scales is None:
+                del module._sparc3_scales
+            else:
+                module._sparc3_scales = scales
 
 
 def _register_attention(implementation: str) -> str:
