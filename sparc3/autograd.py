@@ -25,6 +25,10 @@ class WeightSink(Protocol):
         """The same for one expert; tokens: [t] ascending indices of the tokens that it saw."""
 
 
+# Bytes below which keeping a tensor costs less than launching its recomputation.
+_WORTH_RECOMPUTING = 1 << 20
+
+
 class Recomputed:
     """A linear's input that is cheaper to recompute in the backward than to keep.
 
@@ -39,7 +43,7 @@ class Recomputed:
 
     @classmethod
     def attach(cls, tensor: torch.Tensor, function: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if tensor.requires_grad:
+        if tensor.requires_grad and tensor.nbytes >= _WORTH_RECOMPUTING:
             tensor._sparc3_recompute = cls(function)  # type: ignore[attr-defined]
         return tensor
 
@@ -75,8 +79,9 @@ class Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (g,) = grads
         x = ctx.saved_tensors[0] if ctx.recomputed is None else ctx.recomputed.take()
-        ctx.sink.linear(ctx.name, g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]))
-        dx = g @ ctx.weight if ctx.needs_input_grad[0] else None
+        rows = g.reshape(-1, g.shape[-1])
+        ctx.sink.linear(ctx.name, rows, x.reshape(-1, x.shape[-1]))
+        dx = torch.mm(rows, ctx.weight).view(x.shape) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None, None
 
 
