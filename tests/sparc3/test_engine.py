@@ -204,7 +204,7 @@ def test_a_scalar_that_is_not_finite_is_an_error_with_its_row():
         value = logits.sum((1, 2))
         return torch.where(torch.arange(3) == 1, value / 0, value)
 
-    with pytest.raises(InputError, match="scalar of sample 1 of a batch is -?inf"):
+    with pytest.raises(InputError, match=r"scalar of sample 1 of a batch is -?inf"):
         accumulate(model, [batch()], Rule(), target, "all", weights, Accumulators(weights, "abs"))
 
 
