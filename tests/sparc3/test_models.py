@@ -206,8 +206,8 @@ def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path, variable, expec
 
 
 def readable():
-    """A Llama with a token for each byte and one for "ab": a GGUF tokenizer needs a merge."""
-    return tiny.build("llama", vocab_size=words.VOCABULARY + 1)
+    """A Llama with a token for each byte and one each for "ab" and "cd": a GGUF tokenizer has merges."""
+    return tiny.build("llama", vocab_size=words.VOCABULARY + 2)
 
 
 def write_gguf(path, model):
@@ -223,11 +223,11 @@ def write_gguf(path, model):
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    tokens = ["<pad>", "<s>", "</s>", *words.symbols(), "ab"]
+    tokens = ["<pad>", "<s>", "</s>", *words.symbols(), "ab", "cd"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([3] * 3 + [1] * 257)
-    writer.add_token_merges(["a b"])
+    writer.add_token_types([3] * 3 + [1] * 258)
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(words.BOS)
     writer.add_eos_token_id(words.EOS)
     writer.add_pad_token_id(words.PAD)
