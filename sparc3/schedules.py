@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from sparc3.engine import Blocks
 from sparc3.families import Prunable, family_of
 from sparc3.samples import Batch
+from sparc3.wrap import frozen
 
 Progress = Callable[[int], None]
 # (name, scores [..., out, in]) -> kept [..., out, in] bool
@@ -79,52 +81,48 @@ def sweep(
     are put back before the next block. ``progress`` is called with samples-equivalents that add up to the number
     of samples.
     """
-    training = model.training
-    model.eval()
-    try:
+    with frozen(model):
         blocks = Blocks(model)
         recorded = [blocks.record(batch) for batch in samples]
         hidden = [first for first, _ in recorded]
-        total, blocks_total, reported = (
-            sum(len(batch["input_ids"]) for batch in samples),
-            len(blocks.blocks),
-            0,
-        )
+        total, reported = sum(len(batch["input_ids"]) for batch in samples), 0
         prefix = family_of(model).blocks
-        for index in range(blocks_total):
+
+        def run_block(index: int, number: int) -> torch.Tensor:
+            return blocks.run(index, hidden[number], recorded[number][1][index])
+
+        def run_head(number: int) -> torch.Tensor:
+            everywhere = torch.arange(hidden[number].shape[1], device=hidden[number].device)
+            blocks.logits(hidden[number], samples[number], everywhere)
+            return hidden[number]
+
+        for index in range(len(blocks.blocks)):
             of_block = {
                 name: weight for name, weight in weights.items() if name.startswith(f"{prefix}.{index}.")
             }
-            norms, outputs = _observe(
-                blocks, index, samples, hidden, [calls for _, calls in recorded], of_block
-            )
+            norms, outputs = _observe(samples, of_block, partial(run_block, index))
             kept = {
                 name: visit(name, _scores(weight, norms[name], method)) for name, weight in of_block.items()
             }
             if any(keep is not None for keep in kept.values()):
                 with _pruned(of_block, kept):
-                    outputs = [
-                        blocks.run(index, x, calls[index])
-                        for x, (_, calls) in zip(hidden, recorded, strict=True)
-                    ]
+                    outputs = [run_block(index, number) for number in range(len(samples))]
             hidden = outputs
             if progress is not None:
-                done = total * (index + 1) // blocks_total
+                done = total * (index + 1) // len(blocks.blocks)
                 progress(done - reported)
                 reported = done
-    finally:
-        model.train(training)
+        of_head = {name: weight for name, weight in weights.items() if not name.startswith(f"{prefix}.")}
+        if of_head:
+            norms, _ = _observe(samples, of_head, run_head)
+            for name, weight in of_head.items():
+                visit(name, _scores(weight, norms[name], method))
 
 
 def _observe(
-    blocks: Blocks,
-    index: int,
-    samples: Sequence[Batch],
-    hidden: Sequence[torch.Tensor],
-    calls: Sequence[list],
-    weights: Mapping[str, Prunable],
+    samples: Sequence[Batch], weights: Mapping[str, Prunable], run: Callable[[int], torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """(||X_i||_2 of each weight's inputs over the real tokens, the block's outputs)."""
+    """(||X_i||_2 of each weight's inputs over the real tokens, what ``run`` returns for each batch)."""
     squares = {
         name: torch.zeros_like(weight.canonical(weight.weight)[..., 0, :], dtype=torch.float32)
         for name, weight in weights.items()
@@ -154,12 +152,12 @@ def _observe(
     handles += [module.register_forward_pre_hook(experts_hook(names)) for module, names in experts.items()]
     try:
         outputs = []
-        for batch, x, call in zip(samples, hidden, calls, strict=True):
+        for number, batch in enumerate(samples):
             mask = (
                 batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
             )
             real = mask.reshape(-1).bool()
-            outputs.append(blocks.run(index, x, call[index]))
+            outputs.append(run(number))
     finally:
         for handle in handles:
             handle.remove()

@@ -51,7 +51,7 @@ def wrap(
     family = family_of(model)
     names = {id(weight.module): weight for weight in (weights or {}).values()}
     with ExitStack() as stack:
-        stack.enter_context(_frozen(model))
+        stack.enter_context(frozen(model))
         stack.enter_context(_attention(model, family, rule))
         replace = partial(_replace_forward, stack)
         for path, module in model.named_modules():
@@ -77,7 +77,8 @@ def wrap(
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within the context the model is in eval mode and no parameter needs a gradient; both are restored."""
     training = [module for module in model.modules() if module.training]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()

@@ -42,6 +42,13 @@ def activation(function, x, identity):
     return x * (y / safe).detach()
 
 
+def _own_linear(module, name, x, expert):
+    """x [t, K] times an expert's weight, plus what each token owns of it (see token_gradients)."""
+    y = F.linear(x, getattr(module, name)[expert])
+    own = vars(module).get("own", {}).get(name)
+    return y if own is None else y + torch.einsum("tk,tnk->tn", x, own[:, expert])
+
+
 @contextmanager
 def reference_rules(model, rule):
     family = family_of(model)
@@ -70,9 +77,9 @@ def reference_rules(model, rule):
                 y = torch.zeros_like(x)
                 for e in range(m.gate_up_proj.shape[0]):
                     picked = (index == e).to(x.dtype) * router
-                    gate, up = F.linear(x, m.gate_up_proj[e]).chunk(2, -1)
+                    gate, up = _own_linear(m, "gate_up_proj", x, e).chunk(2, -1)
                     gate = share(activation(m.act_fn, gate, rule.activation_identity), first)
-                    out = F.linear(gate * share(up, second), m.down_proj[e])
+                    out = _own_linear(m, "down_proj", gate * share(up, second), e)
                     y = y + share(picked.sum(-1, keepdim=True), first) * share(out, second)
                 return y
 
@@ -145,20 +152,24 @@ def residual_gradients(model, batch, rule, target, dtype=torch.float64):
     return [(stream.detach(), stream.grad) for stream in streams]
 
 
-def token_gradients(model, batch, rule, target, names, dtype=torch.float64):
-    """{name: [B, T, N, K]} gradients of a linear's weight with every token given a weight of its own."""
+def token_gradients(model, sample, rule, target, names, dtype=torch.float64):
+    """{name: [T, ..., N, K]} of one sample [1, T]: a weight's gradient with every token given one of its
+    own."""
     copy = deepcopy(model).to(dtype)
     own = {}
     for name in names:
-        linear = copy.get_submodule(name.removesuffix(".weight"))
-        own[name] = torch.zeros(
-            *batch["input_ids"].shape, *linear.weight.shape, dtype=dtype, requires_grad=True
-        )
-        linear.register_forward_hook(
-            lambda module, args, y, extra=own[name]: y + torch.einsum("btk,btnk->btn", args[0], extra)
-        )
+        path, _, attribute = name.rpartition(".")
+        module, parameter = copy.get_submodule(path), copy.get_parameter(name)
+        shape = (sample["input_ids"].shape[1], *parameter.shape)
+        own[name] = torch.zeros(shape, dtype=dtype, requires_grad=True)
+        if attribute == "weight":
+            module.register_forward_hook(
+                lambda module, args, y, extra=own[name]: y + torch.einsum("btk,tnk->btn", args[0], extra)
+            )
+        else:
+            vars(module).setdefault("own", {})[attribute] = own[name]
     with reference_rules(copy, rule):
-        value = target(_logits(copy, batch), batch)
+        value = target(_logits(copy, sample), sample)
         return dict(zip(own, torch.autograd.grad(value.sum(), own.values()), strict=True))
 
 

@@ -6,11 +6,8 @@ from functools import partial
 import pytest
 import torch
 from oracle import weight_gradients
-from tiny import FAMILIES, batch, build
-from torch import nn
+from tiny import FAMILIES, batch, build, state
 from transformers import AutoModelForCausalLM
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparc3.engine import Blocks, attribute_batch
 from sparc3.errors import InputError
@@ -21,42 +18,6 @@ from sparc3.targets import target_value
 from sparc3.wrap import wrap
 
 LOGPROB = partial(target_value, target="logprob")
-
-
-def shallow(value):
-    """Something that changes when an attribute, or what a container attribute holds, is another object."""
-    if isinstance(value, dict):
-        return [(key, id(item)) for key, item in value.items()]
-    return value if isinstance(value, str | int | float | None) else id(value)
-
-
-def state(model):
-    """Everything of a model, its classes and the process's registries that a wrapper could leave a mark
-    on."""
-    modules = {
-        (path, key): shallow(value)
-        for path, module in model.named_modules()
-        for key, value in vars(module).items()
-    }
-    parameters = {
-        path: (
-            p.requires_grad,
-            p.grad is None,
-            list(vars(p)),
-            p.detach().clone().view(torch.uint8).numpy().tobytes(),
-        )
-        for path, p in model.named_parameters()
-    }
-    classes = {
-        kind: shallow(dict(vars(kind)))
-        for kind in {type(module) for module in model.modules()} | {nn.Linear, nn.LayerNorm, nn.Dropout}
-    }
-    registries = [
-        {name: id(function) for name, function in registry.items() if not name.startswith("sparc3_")}
-        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
-    ]
-    config = {key: shallow(value) for key, value in vars(model.config).items()}
-    return modules, parameters, classes, registries, config, model.config.to_dict()
 
 
 @pytest.mark.parametrize(("name", "attention"), FAMILIES)
