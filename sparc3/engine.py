@@ -157,6 +157,9 @@ def target_gradient(
     labels = next_tokens(batch, positions)
     wanted = torch.nonzero((labels >= 0).any(0)).squeeze(1)
     chunk = max(1, _LOGITS_IN_FLIGHT // (samples * blocks.model.config.vocab_size))
+    if "forward" in vars(blocks.model.get_output_embeddings()):
+        # The head's own relevance is wanted (see sparc3.wrap), and it is reduced over whole samples.
+        wanted, chunk = torch.arange(length, device=hidden.device), length
     value = torch.zeros(samples, device=hidden.device, dtype=torch.float32)
     for some in wanted.split(chunk):
         with torch.enable_grad():

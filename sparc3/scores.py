@@ -1,7 +1,7 @@
 """Scores of weights: how much each one matters, one tensor a prunable weight.
 
-Relevance of a weight (arXiv 2506.13727, Eq. 8): R_W[j, i] = W[j, i] * sum_t g[t, j] x[t, i], with g the relevance
-(or gradient) of the linear's output and x its input. Over samples s it is reduced to
+Relevance of a weight (arXiv 2506.13727, Eq. 8): R_W[j, i] = W[j, i] * sum_t g[t, j] x[t, i], with g the
+relevance (or gradient) of the linear's output and x its input. Over samples s it is reduced to
 
 ============ ====================== ==========================================================
 reduce       score                  source
@@ -80,16 +80,15 @@ class Accumulators:
         }
 
     def linear(self, name: str, g: torch.Tensor, x: torch.Tensor) -> None:
-        g, x = g.view(self.samples, -1, g.shape[-1]), x.view(self.samples, -1, x.shape[-1])
         if self.skip_first:
-            g, x = g[:, 1:], x[:, 1:]
+            g = g.masked_fill(self.first[:, None], 0)
+        g, x = g.view(self.samples, -1, g.shape[-1]), x.view(self.samples, -1, x.shape[-1])
         accumulate_weight_relevance_(self.sums[name], g, x, self.reduce)
 
     def expert(self, name: str, index: int, g: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor) -> None:
         sample = torch.div(tokens, self.length, rounding_mode="floor")
         if self.skip_first:
-            inner = tokens % self.length > 0
-            g, x, sample = g[inner], x[inner], sample[inner]
+            g = g.masked_fill(self.first[tokens, None], 0)
         for number in torch.unique(sample).tolist():
             of_sample = sample == number
             accumulate_weight_relevance_(
@@ -98,7 +97,11 @@ class Accumulators:
 
     def start(self, batch: Batch) -> None:
         """Say which samples the next backward is about."""
-        self.samples, self.length = batch["input_ids"].shape
+        ids = batch["input_ids"]
+        self.samples, self.length = ids.shape
+        mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(ids)
+        # The first real token of each sample, sample-major: padding may be on the left.
+        self.first = ((mask.cumsum(1) == 1) & (mask == 1)).view(-1)
 
     def scores(self) -> dict[str, torch.Tensor]:
         """The accumulated sums times W, |W| or W^2, in place; zero weights become -inf."""
@@ -166,8 +169,8 @@ def attribute(
         parsed = Rule.parse(rule if method == "lrp" else "gradient")
         if parsed.zero_parts():
             raise InputError(
-                f"rule {parsed} gives exactly zero relevance to {' and '.join(parsed.zero_parts())}, so it cannot "
-                "score them; use another rule, or sparc3.relevance for tokens and neurons"
+                f"rule {parsed} gives exactly zero relevance to {' and '.join(parsed.zero_parts())}, "
+                "so it cannot score them; use another rule, or sparc3.relevance for tokens and neurons"
             )
         check_target(target, positions)
         if reduce not in REDUCTIONS:
@@ -191,7 +194,7 @@ def attribute(
         settings |= {"seed": seed} if method == "random" else {}
     else:
         raise InputError(f"method {method!r} is not known; use {' | '.join(METHODS)}")
-    _check_finite(tensors)
+    _check_finite(tensors, weights)
     return Scores(
         tensors,
         frozenset(name for name, weight in weights.items() if weight.transposed),
@@ -228,7 +231,9 @@ def accumulate(
 
 
 def as_batches(model: PreTrainedModel, samples: torch.Tensor | Sequence[Batch]) -> list[Batch]:
-    """Windows [N, T] or batches as a list of batches on the model's device."""
+    """Windows [N, T] or batches as a list of batches on the model's device; InputError if there are none."""
+    if len(samples) == 0:
+        raise InputError("no reference samples are given")
     if isinstance(samples, torch.Tensor):
         samples = list(batches(samples, max(1, _TOKENS_IN_FLIGHT // samples.shape[1])))
     return [{name: value.to(model.device) for name, value in batch.items()} for batch in samples]
@@ -247,10 +252,12 @@ def _sample_free_scores(weights: Mapping[str, Prunable], method: str, seed: int)
     return tensors
 
 
-def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+def _check_finite(tensors: Mapping[str, torch.Tensor], weights: Mapping[str, Prunable]) -> None:
     for name, scores in tensors.items():
-        if scores.isnan().any() or scores.isposinf().any():
+        weight = weights[name].canonical(weights[name].weight)
+        if not (scores.isfinite() | (weight == 0)).all():
+            dtype = str(weight.dtype).removeprefix("torch.")
             raise InputError(
-                f"the scores of {name} are not finite; the model overflows in {scores.dtype}: run it with "
+                f"the scores of {name} are not finite; the model overflows in {dtype}: run it with "
                 "--dtype float32 or bfloat16"
             )
