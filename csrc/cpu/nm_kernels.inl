@@ -53,7 +53,8 @@ bool small_group(const Source *scores, size_t n, int keep, int32_t infinity, Bit
     Keys keys[4] = {broadcast(0), broadcast(0), broadcast(0), broadcast(0)};
     int filled = 0, valid = 0;
     const auto write = [&] {
-        const uint64_t bits = keep_in_groups<group>(keys, keep);
+        uint64_t bits = keep_in_groups<group>(keys, keep);
+        if (valid < 64) bits &= ((uint64_t)1 << valid) - 1;
         out.append((uint32_t)bits, valid < 32 ? valid : 32);
         if (valid > 32) out.append((uint32_t)(bits >> 32), valid - 32);
         filled = valid = 0;

@@ -60,11 +60,11 @@ int count_block(State &state, const void *scores, size_t n, int threads, uint32_
     const int dtype = static_cast<int>(state.dtype);
     const Kernels &isa = kernels();
     std::atomic<bool> ok{true};
-    parallel(threads, [&](int t) {
-        const Slice part = slice(n, 64, threads, t);
+    if (threads > 1) memset(bins, 0, static_cast<size_t>(threads - 1) * kBins * sizeof *bins);
+    parallel(threads, parts_for(threads), [&](int t, int p) {
+        const Slice part = slice(n, 64, parts_for(threads), p);
         const void *from = at(dtype, scores, part.begin);
         uint32_t *mine = bins + kBins * static_cast<size_t>(t - 1);
-        if (t) memset(mine, 0, kBins * sizeof *mine);
         Tally tally{};  // the rank within the bin is known: only the bins matter
         const bool clean =
             upper ? (t ? isa.count_upper32(dtype, from, part.size, mine)
@@ -168,25 +168,25 @@ int sparc3_select_threshold(const void *state, sparc3_threshold *out) {
 int sparc3_select_mask(int dtype, const void *scores, size_t n, sparc3_threshold *threshold, uint8_t *bits,
                        int threads) {
     if (!known(dtype) || !threshold || (n && (!scores || !bits))) return SPARC3_ERROR_ARGUMENT;
-    const int used = threads_for(n, threads);
+    const int used = threads_for(n, threads), parts = parts_for(used);
     const Kernels &isa = kernels();
     const int32_t key = threshold->key;
-    uint64_t equal[kMaxThreads] = {}, left[kMaxThreads];
-    // What a thread may keep depends on the equal scores before its part, so these are counted first.
+    uint64_t equal[kMaxParts] = {}, budget[kMaxParts], left[kMaxParts];
+    // What a part may keep depends on the equal scores before it, so these are counted first.
     if (used > 1 && threshold->keep_equal)
-        parallel(used, [&](int t) {
-            const Slice part = slice(n, 64, used, t);
-            equal[t] = isa.count_equal(dtype, at(dtype, scores, part.begin), part.size, key);
+        parallel(used, parts, [&](int, int p) {
+            const Slice part = slice(n, 64, parts, p);
+            equal[p] = isa.count_equal(dtype, at(dtype, scores, part.begin), part.size, key);
         });
-    uint64_t keep = threshold->keep_equal, budget[kMaxThreads];
-    for (int t = 0; t < used; ++t) {
-        budget[t] = keep;
-        keep -= std::min(keep, equal[t]);
+    uint64_t keep = threshold->keep_equal;
+    for (int p = 0; p < parts; ++p) {
+        budget[p] = keep;
+        keep -= std::min(keep, equal[p]);
     }
-    parallel(used, [&](int t) {
-        const Slice part = slice(n, 64, used, t);
-        left[t] = isa.mask(dtype, at(dtype, scores, part.begin), part.size, key, budget[t], bits + part.begin / 8);
+    parallel(used, parts, [&](int, int p) {
+        const Slice part = slice(n, 64, parts, p);
+        left[p] = isa.mask(dtype, at(dtype, scores, part.begin), part.size, key, budget[p], bits + part.begin / 8);
     });
-    threshold->keep_equal = left[used - 1];
+    threshold->keep_equal = left[parts - 1];
     return SPARC3_OK;
 }

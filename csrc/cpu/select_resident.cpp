@@ -58,10 +58,10 @@ Bracket guess(int dtype, const void *scores, size_t n, uint64_t rank, int32_t *s
 bool count(int dtype, const void *scores, size_t n, Bracket bracket, int threads, uint32_t *bins, Tally *sum) {
     Tally tallies[kMaxThreads] = {};
     std::atomic<bool> clean{true};
-    parallel(threads, [&](int t) {
-        const Slice part = slice(n, 64, threads, t);
+    memset(bins, 0, static_cast<size_t>(threads) * kBins * sizeof *bins);
+    parallel(threads, parts_for(threads), [&](int t, int p) {
+        const Slice part = slice(n, 64, parts_for(threads), p);
         uint32_t *mine = bins + kBins * static_cast<size_t>(t);
-        memset(mine, 0, kBins * sizeof *mine);
         if (!kernels().count_bracket32(dtype, at(dtype, scores, part.begin), part.size, bracket, &tallies[t], mine))
             clean.store(false, std::memory_order_relaxed);
     });
@@ -149,8 +149,8 @@ int sparc3_select_rows(int dtype, const void *scores, size_t rows, size_t cols, 
     if (workspace_size < sparc3_select_rows_workspace_size(cols, used)) return SPARC3_ERROR_WORKSPACE;
     const Kernels &isa = kernels();
     std::atomic<bool> ok{true};
-    parallel(used, [&](int t) {
-        const Slice part = slice(rows, 8, used, t);  // eight rows always end at a byte
+    parallel(used, parts_for(used), [&](int t, int p) {
+        const Slice part = slice(rows, 8, parts_for(used), p);  // eight rows always end at a byte
         void *scratch = static_cast<char *>(workspace) + rows_scratch(cols) * static_cast<size_t>(t);
         if (part.size && !isa.rows(dtype, at(dtype, scores, part.begin * cols), part.size, cols, prune,
                                    bits + part.begin * cols / 8, scratch))
@@ -168,8 +168,8 @@ int sparc3_select_nm(int dtype, const void *scores, size_t n, int keep, int grou
     const size_t width = static_cast<size_t>(group), groups = n / width;
     const Kernels &isa = kernels();
     std::atomic<bool> ok{true};
-    parallel(used, [&](int t) {
-        const Slice part = slice(groups, 8, used, t);
+    parallel(used, parts_for(used), [&](int, int p) {
+        const Slice part = slice(groups, 8, parts_for(used), p);
         if (part.size && !isa.nm(dtype, at(dtype, scores, part.begin * width), part.size, keep, group,
                                  bits + part.begin * width / 8))
             ok.store(false, std::memory_order_relaxed);

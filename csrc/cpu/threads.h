@@ -1,10 +1,12 @@
 // Threads for the length of one call. Starting one takes some 20 us, so callers ask for one thread below about 0.2 ms
-// of work; a pool would have to survive fork and would spin beside the caller's own.
+// of work; a pool would have to survive fork. Work is dealt out in small parts, because the caller's own pool (OpenMP)
+// may still be spinning on the other cores.
 #pragma once
 
 #include <stddef.h>
 
 #include <algorithm>
+#include <atomic>
 #include <system_error>
 #include <thread>
 
@@ -17,31 +19,35 @@ inline int available_threads(int threads) {
     return std::clamp(threads, 1, kMaxThreads);
 }
 
-// Run body(0) .. body(threads - 1), each on a thread of its own; body must not throw.
+inline int parts_for(int threads) { return threads == 1 ? 1 : 4 * threads; }
+constexpr int kMaxParts = 4 * kMaxThreads;
+
+// Call body(thread, part) once for each part, on up to `threads` threads; body must not throw.
 template <class Body>
-void parallel(int threads, const Body &body) {
+void parallel(int threads, int parts, const Body &body) {
+    std::atomic<int> next{0};
+    const auto work = [&](int thread) {
+        for (int part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) body(thread, part);
+    };
     std::thread others[kMaxThreads];
-    for (int t = 1; t < threads; ++t) {
-        try {
-            others[t] = std::thread(body, t);
-        } catch (const std::system_error &) {  // no more threads to be had: do the work here
-            body(t);
-        }
+    int started = 1;
+    try {
+        for (; started < threads; ++started) others[started] = std::thread(work, started);
+    } catch (const std::system_error &) {  // no more threads to be had: the others do the work
     }
-    body(0);
-    for (int t = 1; t < threads; ++t)
-        if (others[t].joinable()) others[t].join();
+    work(0);
+    for (int t = 1; t < started; ++t) others[t].join();
 }
 
-// Part `t` of `parts` of [0, n) cut at multiples of `step`: first index and length.
+// Part `part` of `parts` of [0, n) cut at multiples of `step`: first index and length.
 struct Slice {
     size_t begin, size;
 };
 
-inline Slice slice(size_t n, size_t step, int parts, int t) {
-    const size_t steps = (n + step - 1) / step;
-    const size_t begin = std::min(n, steps * t / parts * step);
-    const size_t end = std::min(n, steps * (t + 1) / parts * step);
+inline Slice slice(size_t n, size_t step, int parts, int part) {
+    const size_t steps = (n + step - 1) / step, p = static_cast<size_t>(part), of = static_cast<size_t>(parts);
+    const size_t begin = std::min(n, steps * p / of * step);
+    const size_t end = std::min(n, steps * (p + 1) / of * step);
     return {begin, end - begin};
 }
 

@@ -1,4 +1,4 @@
-// Blocking, for one thread's rows of acc:
+// Blocking, for the rows of acc that a thread has taken:
 //
 //     batches of samples            about kBatchTokens tokens, so that a block of each operand fits the cache
 //       blocks of columns           x packed once:   [tokens x block_k], half of a level-2 cache
@@ -68,8 +68,9 @@ int sparc3_weight_relevance(int dtype, int reduction, const void *g, const void 
     const size_t element = dtype == SPARC3_FP32 ? 4 : 2;
     const Operand from_g{static_cast<const char *>(g), element, n}, from_x{static_cast<const char *>(x), element, k};
 
-    parallel(plan.threads, [&](int thread) {
-        const Slice mine = slice(n, kStepN, plan.threads, thread);
+    parallel(plan.threads, parts_for(plan.threads), [&](int thread, int part) {
+        const Slice mine = slice(n, kStepN, parts_for(plan.threads), part);
+        if (!mine.size) return;
         float *packed_x = static_cast<float *>(workspace) + plan.floats_per_thread() * static_cast<size_t>(thread);
         float *packed_g = packed_x + plan.tokens * plan.block_k;
         for (size_t s = 0; s < samples; s += plan.batch) {

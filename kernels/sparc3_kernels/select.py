@@ -22,6 +22,8 @@ from sparc3_kernels.backend import choose
 # Multiplying eight 0/1 bytes by this moves byte i to bit 56 + i, all products landing on distinct bits.
 _GATHER_BITS = 0x0102040810204080
 
+_CHANGED = "the scores changed between two passes over them"
+
 
 def pack_bits(keep: Tensor) -> Tensor:
     """Pack a bool tensor of any shape (n elements) into uint8 [ceil(n / 8)], lowest bit first."""
@@ -194,11 +196,10 @@ def select_stream(chunks: Callable[[], Iterable[Tensor]], prune: int) -> Iterato
     dtype: torch.dtype | None = None
     more = ctypes.c_int(1)
     while more.value:
-        total = 0
-        for index, chunk in enumerate(chunks()):
+        index = total = 0
+        for chunk in chunks():
             dtype = dtype or chunk.dtype
-            if chunk.dtype != dtype:
-                raise ValueError(f"tensor {index} has {chunk.dtype} scores, the ones before it {dtype}")
+            _check_dtype(index, chunk, dtype)
             if state is None:
                 if choose("select_stream", {"cpu": _unfit(chunk.dtype)}) == "reference":
                     yield from _select_stream_reference(chunks, prune)
@@ -209,28 +210,24 @@ def select_stream(chunks: Callable[[], Iterable[Tensor]], prune: int) -> Iterato
                 native.check(library.sparc3_select_init(state.data_ptr(), native.DTYPES[dtype]))
             scores = chunk.detach().cpu().contiguous()
             status = library.sparc3_select_count(
-                *(
-                    state.data_ptr(),
-                    scores.data_ptr(),
-                    scores.numel(),
-                    threads,
-                    work.data_ptr(),
-                    work.numel(),
-                ),
+                *(state.data_ptr(), scores.data_ptr(), scores.numel()),
+                *(threads, work.data_ptr(), work.numel()),
             )
             _check_status(status, scores, f"tensor {index}: ")
-            total += scores.numel()
+            index, total = index + 1, total + scores.numel()
+            del chunk, scores  # before the next one is made
         _check_prune(prune, total, "scores")
         if state is None:
             return
         status = library.sparc3_select_refine(state.data_ptr(), prune, ctypes.byref(more))
         if status == native.CHANGED:
-            raise ValueError("the scores changed between two passes over them")
+            raise ValueError(_CHANGED)
         native.check(status)
 
     assert state is not None
     threshold = native.Threshold()
     native.check(library.sparc3_select_threshold(state.data_ptr(), ctypes.byref(threshold)))
+    kept = 0
     for chunk in chunks():
         scores = chunk.detach().cpu().contiguous()
         bits = _empty_bits(scores)
@@ -240,12 +237,21 @@ def select_stream(chunks: Callable[[], Iterable[Tensor]], prune: int) -> Iterato
                 *(ctypes.byref(threshold), bits.data_ptr(), threads),
             )
         )
-        yield bits.to(chunk.device)
+        kept += count_bits(bits)
+        bits = bits.to(chunk.device)
+        del chunk, scores
+        yield bits
+    if kept != total - prune:
+        raise ValueError(_CHANGED)
 
 
 def _select_stream_reference(chunks: Callable[[], Iterable[Tensor]], prune: int) -> Iterator[Tensor]:
     """Hold all chunks and select over their concatenation."""
-    scores = list(chunks())
+    scores: list[Tensor] = []
+    for index, chunk in enumerate(chunks()):
+        _check_dtype(index, chunk, scores[0].dtype if scores else chunk.dtype)
+        _refuse_nan(chunk, f"tensor {index}: ")
+        scores.append(chunk)
     flat = torch.cat([chunk.reshape(-1) for chunk in scores])
     _check_prune(prune, flat.numel(), "scores")
     keep = unpack_bits(select_rows_reference(flat[None], prune), flat.shape)
@@ -280,6 +286,11 @@ def _refuse_nan(scores: Tensor, where: str = "") -> None:
         raise ValueError(
             f"{where}{count} of {scores.numel()} scores are NaN, the first at linear index {first}"
         )
+
+
+def _check_dtype(index: int, chunk: Tensor, dtype: torch.dtype) -> None:
+    if chunk.dtype != dtype:
+        raise ValueError(f"tensor {index} has {chunk.dtype} scores, the ones before it {dtype}")
 
 
 def _check_matrix(scores: Tensor) -> None:
