@@ -1,0 +1,296 @@
+"""Masks: which weights of one model are kept, one bit a weight.
+
+File format (safetensors, version 1): one uint8 tensor a weight under the weight's state-dict key, bit
+``bits[i >> 3] >> (i & 7) & 1`` for element i of the row-major tensor as stored, 1 = kept; the header's metadata holds
+``sparc3_mask`` = a JSON object with version, shapes, fingerprint and settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from sparc3_kernels.select import apply_bits_, count_bits, unpack_bits
+from torch import nn
+
+from sparc3.errors import InputError
+
+VERSION = 1
+_KEY = "sparc3_mask"
+# Bytes of a tensor that its fingerprint reads: spread evenly, so that any changed region of a weight shows.
+_SAMPLED_BYTES = 1 << 16
+
+
+def fingerprint(model: nn.Module, tensors: Mapping[str, torch.Tensor], full: bool = False) -> dict[str, Any]:
+    """What a model is recognised by: names, shapes, dtypes and bytes of the tensors given.
+
+    Args:
+        model: its class and model type are recorded for messages.
+        tensors: by state-dict name.
+        full: hash every byte instead of 64 KiB a tensor.
+
+    Returns:
+        {"model": ..., "full": bool, "tensors": {name: {"shape", "dtype", "sha256"}}}, plain JSON values.
+    """
+    return {
+        "model": type(model).__name__,
+        "full": full,
+        "tensors": {
+            name: {
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "sha256": _digest(tensor, full),
+            }
+            for name, tensor in tensors.items()
+        },
+    }
+
+
+def _digest(tensor: torch.Tensor, full: bool) -> str:
+    flat = tensor.detach().reshape(-1)
+    count = flat.numel() if full else min(flat.numel(), _SAMPLED_BYTES // tensor.element_size())
+    # Integer arithmetic, since a float step would round differently for tensors beyond 2^24 elements.
+    index = torch.arange(count, device=flat.device) * flat.numel() // max(1, count)
+    values = flat[index].contiguous().cpu().view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
+@dataclass
+class Mask:
+    """Kept weights of one model.
+
+    Attributes:
+        bits: packed uint8 [ceil(n / 8)] by state-dict name, over the tensor as stored.
+        shapes: of the tensors as stored.
+        fingerprint: of the model that it was made for.
+        settings: how it was made, plain JSON values.
+    """
+
+    bits: dict[str, torch.Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    _values: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def total(self) -> int:
+        """Weights under the mask."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of them that is pruned."""
+        return 1 - sum(count_bits(bits) for bits in self.bits.values()) / self.total
+
+    def kept(self, name: str) -> torch.Tensor:
+        """bool tensor of the shape as stored, True where the weight is kept."""
+        return unpack_bits(self.bits[name], self.shapes[name])
+
+    def __repr__(self) -> str:
+        method, pattern = self.settings.get("method", "?"), self.settings.get("pattern", "?")
+        return f"Mask({len(self.bits)} tensors, {self.total} weights, {self.sparsity:.4%} pruned, {method}, {pattern})"
+
+    # Applying ------------------------------------------------------------------------------------------------------
+
+    def apply(self, model: nn.Module, keep: bool = False) -> None:
+        """Zero the pruned weights of ``model`` in place.
+
+        Args:
+            keep: keep the pruned values in this object, so that ``undo`` needs no checkpoint.
+
+        Raises:
+            InputError: the mask was made for another model; nothing is changed then.
+        """
+        weights = self.check(model)
+        if keep:
+            self._values = {
+                name: weight.detach()[~self._on(name, weight)] for name, weight in weights.items()
+            }
+        for name, weight in weights.items():
+            apply_bits_(weight.detach(), self.bits[name].to(weight.device))
+
+    def undo(self, model: nn.Module, base: str | Path | None = None) -> None:
+        """Put the pruned values back, bit for bit.
+
+        Args:
+            base: folder or safetensors file of the checkpoint that the mask was made from; not needed after
+                ``apply(keep=True)`` of this object.
+
+        Raises:
+            InputError: there is nothing to take the values from, or the base is another model.
+        """
+        weights = self._weights(model)
+        if base is not None:
+            values = self._from_base(Path(base), weights)
+        elif self._values:
+            values = self._values
+        else:
+            raise InputError(
+                "the pruned values are not known: give the checkpoint that the mask was made from as base, or apply "
+                "the mask with keep=True"
+            )
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.detach()[~self._on(name, weight)] = values[name].to(weight.device)
+        self._values = {}
+
+    def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights under the mask; InputError unless ``model`` is the one that it was made for."""
+        weights = self._weights(model)
+        if self.fingerprint:
+            theirs = fingerprint(model, weights, self.fingerprint["full"])["tensors"]
+            for name, expected in self.fingerprint["tensors"].items():
+                _compare(name, expected, theirs[name])
+        return weights
+
+    def _weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        weights = {}
+        for name, shape in self.shapes.items():
+            try:
+                weights[name] = model.get_parameter(name)
+            except AttributeError as error:
+                raise InputError(f"the mask is for another model: this one has no weight {name}") from error
+            if tuple(weights[name].shape) != shape:
+                raise InputError(
+                    f"the mask is for another model: {name} is {list(weights[name].shape)} here, {list(shape)} there"
+                )
+        return weights
+
+    def _on(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        return self.kept(name).to(weight.device)
+
+    def _from_base(self, base: Path, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        files = sorted(base.glob("*.safetensors")) if base.is_dir() else [base]
+        values: dict[str, torch.Tensor] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    names = set(opened.keys())
+                    for name in weights.keys() & names:
+                        tensor = opened.get_tensor(name).to(weights[name].dtype)
+                        if self.fingerprint:
+                            one = {name: tensor}
+                            found = fingerprint(nn.Module(), one, self.fingerprint["full"])["tensors"][name]
+                            _compare(name, self.fingerprint["tensors"][name], found)
+                        values[name] = tensor[~self.kept(name)]
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"cannot read {file}: {error}") from error
+        missing = [name for name in weights if name not in values]
+        if missing:
+            raise InputError(f"{base} is not the base of this mask: it has no weight {missing[0]}")
+        return values
+
+    # Algebra -------------------------------------------------------------------------------------------------------
+
+    def invert(self) -> Mask:
+        """Keeps what this one prunes."""
+        return self._map(lambda name: ~self.kept(name), {"inverted": self.settings})
+
+    def combine(self, other: Mask, how: str = "and") -> Mask:
+        """Keeps what both keep ("and") or what either keeps ("or"); InputError for masks of different models."""
+        self._check_pair(other)
+        if how not in ("and", "or"):
+            raise InputError(f"masks combine by and | or, not by {how!r}")
+        settings = {"combined": how, "of": [self.settings, other.settings]}
+        if how == "and":
+            return self._map(lambda name: self.kept(name) & other.kept(name), settings)
+        return self._map(lambda name: self.kept(name) | other.kept(name), settings)
+
+    def diff(self, other: Mask) -> dict[str, dict[str, int]]:
+        """Weights kept only_here, only_there, by both and by neither, for each tensor."""
+        self._check_pair(other)
+        counts = {}
+        for name in self.bits:
+            here, there = self.kept(name), other.kept(name)
+            both, either = int((here & there).sum()), int((here | there).sum())
+            counts[name] = {
+                "only_here": int(here.sum()) - both,
+                "only_there": int(there.sum()) - both,
+                "both": both,
+                "neither": here.numel() - either,
+            }
+        return counts
+
+    def _map(self, kept: Callable[[str], torch.Tensor], settings: dict[str, Any]) -> Mask:
+        from sparc3_kernels.select import pack_bits
+
+        return Mask(
+            {name: pack_bits(kept(name)) for name in self.bits}, self.shapes, self.fingerprint, settings
+        )
+
+    def _check_pair(self, other: Mask) -> None:
+        if self.shapes != other.shapes:
+            name = next(iter(set(self.shapes.items()) ^ set(other.shapes.items())))[0]
+            raise InputError(f"the two masks cover different weights; {name} is one that differs")
+        if self.fingerprint and other.fingerprint:
+            for name, expected in self.fingerprint["tensors"].items():
+                _compare(name, expected, other.fingerprint["tensors"][name])
+
+    # Files ---------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the mask to a safetensors file, whole or not at all; InputError where that is not possible."""
+        path = Path(path)
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        header = {
+            "version": VERSION,
+            "shapes": shapes,
+            "fingerprint": self.fingerprint,
+            "settings": self.settings,
+        }
+        tensors = {name: bits.cpu().contiguous() for name, bits in self.bits.items()}
+        try:
+            descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            os.close(descriptor)
+            try:
+                save_file(tensors, partial, metadata={_KEY: json.dumps(header)})
+                os.replace(partial, path)
+            except BaseException:
+                Path(partial).unlink(missing_ok=True)
+                raise
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot write the mask to {path}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Mask:
+        """Read a mask; InputError for a file that is missing, damaged, no mask, or of a newer version."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = (file.metadata() or {}).get(_KEY)
+                bits = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot read a mask from {path}: {error}") from error
+        if header is None:
+            raise InputError(f"{path} is a safetensors file but not a mask: its header has no {_KEY}")
+        described = json.loads(header)
+        if described["version"] > VERSION:
+            raise InputError(
+                f"{path} is a mask of format {described['version']}; this version reads up to {VERSION}: update sparc3"
+            )
+        shapes = {name: tuple(shape) for name, shape in described["shapes"].items()}
+        for name, shape in shapes.items():
+            if name not in bits or bits[name].numel() != (torch.Size(shape).numel() + 7) // 8:
+                raise InputError(f"{path} is damaged: the bits of {name} do not fit its shape {list(shape)}")
+        return cls(
+            {name: bits[name] for name in shapes}, shapes, described["fingerprint"], described["settings"]
+        )
+
+
+def _compare(name: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    for what in ("shape", "dtype", "sha256"):
+        if expected[what] != found[what]:
+            detail = f"its {what} is {found[what]}, the mask expects {expected[what]}"
+            if what == "sha256":
+                detail = "its values differ (a model that is already pruned differs too: use the dense one)"
+            elif what == "dtype":
+                detail += f"; load the model with --dtype {expected[what]}"
+            raise InputError(f"the mask was made for another model: {name} differs, {detail}")

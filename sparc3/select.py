@@ -1,0 +1,119 @@
+"""Which weights a mask keeps, from their scores: grouping and counting.
+
+The thresholds come from sparc3_kernels.select: exactly floor(s n + 1/2) of the n weights of a row, a tensor or the
+model are pruned (N:M: exactly N of every M kept), the lowest scores first, and among equal scores the one with the
+lower index is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from sparc3_kernels.select import pack_bits, select_flat, select_nm, select_rows, select_stream, unpack_bits
+
+from sparc3.errors import InputError
+from sparc3.mask import Mask
+
+PATTERNS = ("row", "layer", "global", "N:M")
+RANKINGS = ("magnitude", "value")
+
+
+class ScoresLike(Protocol):
+    """What is selected from; see sparc3.scores.Scores."""
+
+    tensors: dict[str, torch.Tensor]
+    transposed: frozenset[str]
+    fingerprint: dict
+    settings: dict
+
+
+def select(scores: ScoresLike, sparsity: float | None, pattern: str, by: str = "magnitude") -> Mask:
+    """The mask that prunes the lowest scores.
+
+    Args:
+        scores: tensors [..., out, in] by name; -inf marks a weight that is already zero and goes first.
+        sparsity: share to prune, in [0, 1); for N:M None or 1 - N/M.
+        pattern: "row" (each output row by itself), "layer" (each tensor), "global" (all tensors as one), or "N:M"
+            (N kept of every M along the input).
+        by: rank by "magnitude" |score| or by signed "value".
+
+    Raises:
+        InputError: sparsity or pattern is out of range, N:M does not divide a width, a score is NaN.
+    """
+    if by not in RANKINGS:
+        raise InputError(f"ranking {by!r} is not known; use {' | '.join(RANKINGS)}")
+    kept, group = parse_pattern(pattern)
+    sparsity = check_sparsity(sparsity, pattern)
+    for name, tensor in scores.tensors.items():
+        if tensor.isnan().any():
+            raise InputError(f"{name} has NaN scores: {int(tensor.isnan().sum())} of {tensor.numel()}")
+        if group and tensor.shape[-1] % group:
+            raise InputError(f"{pattern} does not divide {name}: its inputs are {tensor.shape[-1]} wide")
+
+    def ranked() -> Iterator[torch.Tensor]:
+        for tensor in scores.tensors.values():
+            yield _ranked(tensor, by)
+
+    if pattern == "global":
+        total = sum(tensor.numel() for tensor in scores.tensors.values())
+        chosen = select_stream(
+            lambda: (tensor.flatten() for tensor in ranked()), pruned_count(sparsity, total)
+        )
+    elif pattern == "layer":
+        chosen = (select_flat(tensor, pruned_count(sparsity, tensor.numel())) for tensor in ranked())
+    elif pattern == "row":
+        chosen = (
+            select_rows(tensor.flatten(0, -2), pruned_count(sparsity, tensor.shape[-1]))
+            for tensor in ranked()
+        )
+    else:
+        chosen = (select_nm(tensor.flatten(0, -2), kept, group) for tensor in ranked())
+    bits, shapes = {}, {}
+    for (name, tensor), packed in zip(scores.tensors.items(), chosen, strict=True):
+        transposed = name in scores.transposed
+        bits[name] = pack_bits(unpack_bits(packed, tensor.shape).mT.contiguous()) if transposed else packed
+        shapes[name] = tuple(tensor.mT.shape if transposed else tensor.shape)
+    settings = {**scores.settings, "sparsity": sparsity, "pattern": pattern, "by": by}
+    return Mask(bits, shapes, scores.fingerprint, settings)
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """(N, M) of an N:M pattern, (0, 0) of the others; InputError for anything else."""
+    if pattern in PATTERNS[:3]:
+        return 0, 0
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if not match or not 0 < int(match[1]) < int(match[2]) <= 32:
+        raise InputError(
+            f"pattern {pattern!r} is not known; use row, layer, global or N:M with 0 < N < M <= 32, such as 2:4"
+        )
+    return int(match[1]), int(match[2])
+
+
+def check_sparsity(sparsity: float | None, pattern: str) -> float:
+    """The share to prune, checked against the pattern; InputError where it makes no sense."""
+    kept, group = parse_pattern(pattern)
+    if group:
+        implied = 1 - kept / group
+        if sparsity is not None and not math.isclose(sparsity, implied):
+            raise InputError(
+                f"sparsity {sparsity} contradicts {pattern}, which prunes {implied:.4g}; leave it out"
+            )
+        return implied
+    if sparsity is None or not 0 <= sparsity < 1:
+        raise InputError(f"sparsity {sparsity} is not a share of the weights: it must be in [0, 1)")
+    return sparsity
+
+
+def pruned_count(sparsity: float, count: int) -> int:
+    """floor(s n + 1/2)."""
+    return math.floor(sparsity * count + 0.5)
+
+
+def _ranked(tensor: torch.Tensor, by: str) -> torch.Tensor:
+    if by == "value":
+        return tensor
+    return tensor.abs().masked_fill_(tensor.isneginf(), -torch.inf)
