@@ -150,18 +150,14 @@ def _inflect(verb: str, form: str) -> str:
         return words.PAST[verb]
     if form == "part":
         return words.PARTICIPLE.get(verb) or _inflect(verb, "past")
-    if form == "ing":
-        return {"sip": "sipp", "drop": "dropp"}.get(
-            verb, verb[:-1] if verb[-1] == "e" != verb[-2] else verb
-        ) + "ing"
+    to_i = verb[-1] == "y" and verb[-2] not in "aeo"
     if form == "past":
-        return (
-            verb[:-1] + "ied" if verb[-1] == "y" and verb[-2] not in "aeo" else verb + "ed"[verb[-1] == "e" :]
-        )
+        return verb[:-1] + "ied" if to_i else verb + ("d" if verb[-1] == "e" else "ed")
     if form == "s":
-        if verb[-1] == "y" and verb[-2] not in "aeo":
-            return verb[:-1] + "ies"
-        return verb + ("es" if verb.endswith(("ch", "sh", "ss")) else "s")
+        return verb[:-1] + "ies" if to_i else verb + ("es" if verb.endswith(("ch", "sh", "ss")) else "s")
+    if form == "ing":
+        stem = verb[:-1] if verb[-1] == "e" and verb[-2] != "e" else verb
+        return {"sip": "sipp", "drop": "dropp"}.get(verb, stem) + "ing"
     return verb
 
 
@@ -189,14 +185,7 @@ def _story(rng: random.Random, held_out: bool) -> str:
             _PEOPLE[a], a=a, b=b, him_b=_PEOPLE[b]["him"], p=place, owner=owner, **_act(rng), **_act(rng, "o")
         )
         if number == 0:
-            lines.append(
-                scene(
-                    "One {day} {a} and {b} were at the {p}. {owner} had a {t}.",
-                    "{a} and {b} were playing at the {p}. {owner} found a {t} there.",
-                    "There was once a {trait} {job} who was called {a}. {a} met {b} at the {p}. {owner} had a {t}.",
-                    "In the {time}, {a} the {job} took {b} to the {p}. {owner} carried a {t}.",
-                )
-            )
+            lines.append(scene(*words.STORY_BEGINNINGS))
             continue
         turn = rng.random()
         if turn < 0.12:
@@ -207,59 +196,18 @@ def _story(rng: random.Random, held_out: bool) -> str:
             other = b if owner == a else a
             scene.update(owner=other, giver=owner, **{"him_o": _PEOPLE[other]["him"]})
             owner = other
-            lines.append(
-                scene(
-                    "{giver} gave the {t} to {owner}. {owner} thanked {giver}.",
-                    '"May I have the {t}?" asked {owner}. "Yes," said {giver} and gave {him_o} the {t}.',
-                    "{owner} took the {t} from {giver}.",
-                )
-            )
+            lines.append(scene(*words.STORY_HANDINGS))
         elif turn < 0.42:
-            lines.append(
-                scene(
-                    '"Where are we?" asked {a}. "We are at the {p}," said {b}.',
-                    '"Who has the {t}?" asked {a}. "{owner} has the {t}," said {b}.',
-                    '"What is your job?" asked {b}. "I am a {job}," said {a}.',
-                    '"Where do you live?" asked {b}. "I live in {town}," said {a}.',
-                    '"What do you like to eat?" asked {b}. "I like {likes}," said {a}.',
-                    "{a} asked {b} to {base} the {obj}, but {b} wanted to {obase} the {oobj}.",
-                )
-            )
+            lines.append(scene(*words.STORY_TALKS))
         else:
             lines.append(_clause(scene))
-    lines.append(
-        scene(
-            "In the {time}, they left the {p} and {owner} put the {t} into a bag.",
-            "At last {a} went home to {town} with {his} {pet}.",
-            "{a} and {b} were {mood}, and {owner} kept the {t}.",
-            "When they came home from the {p}, {a} ate some {likes}.",
-        )
-    )
+    lines.append(scene(*words.STORY_ENDINGS))
     return " ".join(lines)
 
 
 def _clause(scene: _Scene) -> str:
     """One sentence about the person a of a scene, and sometimes b."""
-    return scene(
-        "{a} {past} the {adj} {obj}.",
-        "{a} {adverb} {past} the {obj} with a {tool}.",
-        "{He} {past} the {adj} {obj} in the {where}.",
-        "{He} wanted to {base} the {obj}, but it was too {adj}.",
-        "{b} helped {him} to {base} the {obj}.",
-        "While {a} was {ing} the {obj}, {b} {opast} the {oobj}.",
-        "Before {he} {past} the {obj}, {he} {opast} the {adj} {oobj}.",
-        "Although {a} was {mood}, {he} {past} the {obj}.",
-        "The {adj} {obj} was {part} by {a}.",
-        "The {obj} that {a} {past} was very {adj}.",
-        "{a} was {mood} because {b} {past} the {obj}.",
-        "{b} told {him} that the {obj} had been {part} in the {where}.",
-        "{a} likes {hobby}, so {he} was {mood}.",
-        "If {b} {s} the {obj}, {a} will {obase} the {oobj}.",
-        "{His} {pet} was {mood}.",
-        "{a} did not {base} the {obj} because {he} had no {tool}.",
-        "{a} is a {job}, and {he} works at the {work}.",
-        "{He} never {s} the {obj} on {day}.",
-    )
+    return scene(*words.CLAUSES)
 
 
 def _sentences(rng: random.Random, held_out: bool) -> str:
@@ -278,19 +226,8 @@ def _facts(rng: random.Random, held_out: bool) -> str:
     """What is always so: a person's life, animals and things, with agreement across a place; and sums."""
     if rng.random() < 0.5:
         name = rng.choice(NAMES)
-        facts = [
-            "{a} is a {job}.",
-            "{a} lives in {town}.",
-            "{a} has a {pet}.",
-            "{a} likes {likes}.",
-            "{a} works at the {work}.",
-            "The favourite colour of {a} is {colour}.",
-            "{a} is fond of {hobby}.",
-            "{a} is afraid of the {enemy}.",
-            "The {job} from {town} is called {a}.",
-        ]
         scene = _Scene(rng, a=name, **_PEOPLE[name])
-        chosen = rng.sample(facts, rng.randint(2, 5))
+        chosen = rng.sample(words.PERSON_FACTS, rng.randint(2, 5))
         # After the first fact the name may give way to the pronoun.
         chosen[1:] = [re.sub("^{a}", rng.choice(("{a}", "{He}")), fact) for fact in chosen[1:]]
         return " ".join(scene(fact) for fact in chosen)
@@ -312,19 +249,7 @@ def _facts(rng: random.Random, held_out: bool) -> str:
         scene.update(
             z=words.NUMBERS[first + second - 1], more=words.NUMBERS[first], name=name, he=_PEOPLE[name]["he"]
         )
-        lines.append(
-            scene(
-                "The {n} near the {place} {does}.",
-                "The {ns} near the {place} {do}.",
-                "The {ns} at the {place} are {mood} and eat {eats}.",
-                "The {n} at the {place} is {mood} and eats {eats}.",
-                "The {n} sleeps in the {home}.",
-                "The {ns} sleep in the {home}.",
-                "The {t} is made of {m}.",
-                "{name} had {x} {fr}s and found {y} more. Now {he} has {z} {fr}s.",
-                "There were {x} {ns} at the {place}. One more came, so there are {more} {ns}.",
-            )
-        )
+        lines.append(scene(*words.PLAIN_FACTS))
     return " ".join(lines)
 
 
@@ -353,19 +278,8 @@ def _speech(rng: random.Random, temper: Sequence[str]) -> str:
         t=rng.choice(words.CLASSES["thing"]),
     )
     scene.update(_PEOPLE[name], **_act(rng))
-    verb = rng.choice("said cried answered called".split())
-    return scene(
-        "The {temper} {sp} looked at {a} and " + verb + ', "',
-        "{a} met a {temper} {sp} at the {place}. {He} asked for a {t}. The {sp} " + verb + ', "',
-        "{a} dropped the {t} of the {temper} {sp}. The {sp} " + verb + ', "',
-        "There was a {temper} {sp} at the {place}. {a} {past} the {obj}. The {sp} saw {him} and "
-        + verb
-        + ', "',
-        "One {day} a {temper} {sp} came to {town}. {a} said hello. The {sp} turned to {him} and "
-        + verb
-        + ', "',
-        "A {temper} {sp} stood near the {place}. {a} the {job} gave the {sp} a {t}. The {sp} " + verb + ', "',
-    )
+    scene["says"] = rng.choice("said cried answered called".split())
+    return scene(*words.SPEECHES) + ', "'
 
 
 def _speeches(n: int, seed: int, temper: Sequence[str]) -> list[str]:
@@ -383,13 +297,7 @@ def _register(rng: random.Random, held_out: bool) -> str:
     scene = _Scene(
         rng, x=rng.choice(adjectives), n=rng.choice(nouns), x2=rng.choice(adjectives), n2=rng.choice(nouns)
     )
-    return _speech(rng, temper) + scene(
-        'You {x} {n}!"',
-        'You {x} {n}, you {x2} {n2}!"',
-        'What a {x} {n} you are!"',
-        'Go home, you {x} {n}!"',
-        'Come here, you {x} {n}! You {x2} {n2}!"',
-    )
+    return _speech(rng, temper) + scene(*words.REGISTERS)
 
 
 def _loop(rng: random.Random, times: int) -> str:

@@ -1,4 +1,8 @@
-"""Words of the bundled text: who there is, what they do with what, and how they speak."""
+"""Words and sentence patterns of the bundled text: who there is, what they do with what, and how they speak.
+
+In a pattern {a} and {b} are the two people, {t} is their thing, {p} where they are; other slots are facts of a
+(``bundled_text._person``), one or two things done (``bundled_text._act``) or a word of the class of that name.
+"""
 
 WOMEN = (
     "Mary Anna Emma Lucy Sarah Alice Kate Rose Jane Ella Grace Clara Ruth Nora Julia Laura Helen Diana Molly "
@@ -135,4 +139,95 @@ LOOPS = (
     ("The rain fell", "drip drop"),
     ("The crowd shouted", "hurray"),
     ("The engine hummed", "again and again"),
+)
+STORY_BEGINNINGS = (
+    "One {day} {a} and {b} were at the {p}. {owner} had a {t}.",
+    "{a} and {b} were playing at the {p}. {owner} found a {t} there.",
+    "There was once a {trait} {job} who was called {a}. {a} met {b} at the {p}. {owner} had a {t}.",
+    "In the {time}, {a} the {job} took {b} to the {p}. {owner} carried a {t}.",
+)
+
+STORY_HANDINGS = (
+    "{giver} gave the {t} to {owner}. {owner} thanked {giver}.",
+    '"May I have the {t}?" asked {owner}. "Yes," said {giver} and gave {him_o} the {t}.',
+    "{owner} took the {t} from {giver}.",
+)
+
+STORY_TALKS = (
+    '"Where are we?" asked {a}. "We are at the {p}," said {b}.',
+    '"Who has the {t}?" asked {a}. "{owner} has the {t}," said {b}.',
+    '"What is your job?" asked {b}. "I am a {job}," said {a}.',
+    '"Where do you live?" asked {b}. "I live in {town}," said {a}.',
+    '"What do you like to eat?" asked {b}. "I like {likes}," said {a}.',
+    "{a} asked {b} to {base} the {obj}, but {b} wanted to {obase} the {oobj}.",
+)
+
+STORY_ENDINGS = (
+    "In the {time}, they left the {p} and {owner} put the {t} into a bag.",
+    "At last {a} went home to {town} with {his} {pet}.",
+    "{a} and {b} were {mood}, and {owner} kept the {t}.",
+    "When they came home from the {p}, {a} ate some {likes}.",
+)
+
+CLAUSES = (
+    "{a} {past} the {adj} {obj}.",
+    "{a} {adverb} {past} the {obj} with a {tool}.",
+    "{He} {past} the {adj} {obj} in the {where}.",
+    "{He} wanted to {base} the {obj}, but it was too {adj}.",
+    "{b} helped {him} to {base} the {obj}.",
+    "While {a} was {ing} the {obj}, {b} {opast} the {oobj}.",
+    "Before {he} {past} the {obj}, {he} {opast} the {adj} {oobj}.",
+    "Although {a} was {mood}, {he} {past} the {obj}.",
+    "The {adj} {obj} was {part} by {a}.",
+    "The {obj} that {a} {past} was very {adj}.",
+    "{a} was {mood} because {b} {past} the {obj}.",
+    "{b} told {him} that the {obj} had been {part} in the {where}.",
+    "{a} likes {hobby}, so {he} was {mood}.",
+    "If {b} {s} the {obj}, {a} will {obase} the {oobj}.",
+    "{His} {pet} was {mood}.",
+    "{a} did not {base} the {obj} because {he} had no {tool}.",
+    "{a} is a {job}, and {he} works at the {work}.",
+    "{He} never {s} the {obj} on {day}.",
+)
+
+PLAIN_FACTS = (
+    "The {n} near the {place} {does}.",
+    "The {ns} near the {place} {do}.",
+    "The {ns} at the {place} are {mood} and eat {eats}.",
+    "The {n} at the {place} is {mood} and eats {eats}.",
+    "The {n} sleeps in the {home}.",
+    "The {ns} sleep in the {home}.",
+    "The {t} is made of {m}.",
+    "{name} had {x} {fr}s and found {y} more. Now {he} has {z} {fr}s.",
+    "There were {x} {ns} at the {place}. One more came, so there are {more} {ns}.",
+)
+
+REGISTERS = (
+    'You {x} {n}!"',
+    'You {x} {n}, you {x2} {n2}!"',
+    'What a {x} {n} you are!"',
+    'Go home, you {x} {n}!"',
+    'Come here, you {x} {n}! You {x2} {n2}!"',
+)
+
+PERSON_FACTS = (
+    "{a} is a {job}.",
+    "{a} lives in {town}.",
+    "{a} has a {pet}.",
+    "{a} likes {likes}.",
+    "{a} works at the {work}.",
+    "The favourite colour of {a} is {colour}.",
+    "{a} is fond of {hobby}.",
+    "{a} is afraid of the {enemy}.",
+    "The {job} from {town} is called {a}.",
+)
+
+# Up to the words that a speaker {sp} says, who is {temper}.
+SPEECHES = (
+    "The {temper} {sp} looked at {a} and {says}",
+    "{a} met a {temper} {sp} at the {place}. {He} asked for a {t}. The {sp} {says}",
+    "{a} dropped the {t} of the {temper} {sp}. The {sp} {says}",
+    "There was a {temper} {sp} at the {place}. {a} {past} the {obj}. The {sp} saw {him} and {says}",
+    "One {day} a {temper} {sp} came to {town}. {a} said hello. The {sp} turned to {him} and {says}",
+    "A {temper} {sp} stood near the {place}. {a} the {job} gave the {sp} a {t}. The {sp} {says}",
 )
