@@ -77,9 +77,7 @@ def _load(name: str) -> ctypes.CDLL | str:
     suffix = "dylib" if sys.platform == "darwin" else "so"
     path = _NATIVE / "lib" / f"lib{name}.{suffix}"
     if not path.exists():
-        return (
-            f"{path} is missing: it was not built when the package was installed (see the installer's output)"
-        )
+        return f"{path} was not built when the package was installed{_why()}"
     try:
         library = ctypes.CDLL(str(path))
         for function, (result, arguments) in _SIGNATURES[name].items():

@@ -1,0 +1,64 @@
+"""csrc/ by itself, without Python or torch: it builds, passes its C test, exports only its ABI, and is found by CMake
+from another place than it was installed to."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[2] / "csrc"
+CONSUMER = """
+cmake_minimum_required(VERSION 3.24)
+project(consumer C)
+find_package(sparc3 0.1 CONFIG REQUIRED)
+add_executable(consumer main.c)
+target_link_libraries(consumer PRIVATE sparc3::sparc3)
+"""
+MAIN = """
+#include <sparc3/sparc3.h>
+int main(void) { return sparc3_isa()[0] == 0; }
+"""
+
+
+def run(*command: object) -> str:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for tool in ("cmake", "ninja", "c++"):
+        if not shutil.which(tool):
+            pytest.skip(f"{tool} is not installed")
+    folder = tmp_path_factory.mktemp("csrc")
+    install = f"-DCMAKE_INSTALL_PREFIX={folder / 'installed'}"
+    run("cmake", "-S", CSRC, "-B", folder / "build", "-G", "Ninja", "-DSPARC3_CUDA=0", install)
+    run("cmake", "--build", folder / "build")
+    return folder
+
+
+def test_the_c_test_passes(build: Path) -> None:
+    assert "100% tests passed" in run("ctest", "--test-dir", build / "build", "--output-on-failure")
+
+
+def test_only_the_abi_is_exported(build: Path) -> None:
+    if not shutil.which("nm"):
+        pytest.skip("nm is not installed")
+    lines = run("nm", "-D", "--defined-only", build / "build" / "libsparc3.so").splitlines()
+    header = (CSRC / "include" / "sparc3" / "sparc3.h").read_text()
+    declared = re.findall(r"^SPARC3_API .*?(sparc3_\w+)\(", header, flags=re.MULTILINE)
+    assert sorted(line.split()[-1] for line in lines) == sorted(declared)
+
+
+def test_found_by_cmake_after_moving(build: Path, tmp_path: Path) -> None:
+    run("cmake", "--install", build / "build")
+    prefix = (build / "installed").rename(tmp_path / "moved")
+    (tmp_path / "CMakeLists.txt").write_text(CONSUMER)
+    (tmp_path / "main.c").write_text(MAIN)
+    where = f"-Dsparc3_DIR={prefix / 'cmake'}"
+    run("cmake", "-S", tmp_path, "-B", tmp_path / "build", "-G", "Ninja", where)
+    run("cmake", "--build", tmp_path / "build")
+    run(tmp_path / "build" / "consumer")
