@@ -59,7 +59,7 @@ def test_instruction_set_from_the_environment(isa: str, reason: str) -> None:
     result = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert result.stdout.startswith(missing)
+    assert result.stdout.startswith(reason)
     assert isa in result.stdout
 
 
