@@ -97,7 +97,8 @@ class Mask:
 
     def __repr__(self) -> str:
         method, pattern = self.settings.get("method", "?"), self.settings.get("pattern", "?")
-        return f"Mask({len(self.bits)} tensors, {self.total} weights, {self.sparsity:.4%} pruned, {method}, {pattern})"
+        size = f"{len(self.bits)} tensors, {self.total} weights, {self.sparsity:.4%} pruned"
+        return f"Mask({size}, {method}, {pattern})"
 
     # Applying ------------------------------------------------------------------------------------------------------
 
@@ -274,7 +275,7 @@ class Mask:
         described = json.loads(header)
         if described["version"] > VERSION:
             raise InputError(
-                f"{path} is a mask of format {described['version']}; this version reads up to {VERSION}: update sparc3"
+                f"{path} is a mask of format {described['version']}; this one reads up to {VERSION}: update sparc3"
             )
         shapes = {name: tuple(shape) for name, shape in described["shapes"].items()}
         for name, shape in shapes.items():

@@ -1,0 +1,128 @@
+"""What a run was, and what came out: report.json, a table, a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import sparc3_kernels
+from rich.table import Table
+
+# One colour a method, the same in every plot; LRP stands out, the others recede.
+_COLOURS = {
+    "lrp": "#d1495b",
+    "gradient": "#edae49",
+    "ria": "#00798c",
+    "wanda": "#30638e",
+    "magnitude": "#7a7a7a",
+    "random": "#b8b8b8",
+}
+
+
+def versions() -> dict[str, Any]:
+    """Versions and machine, plain JSON values."""
+    packages = ("sparc3", "torch", "transformers", "safetensors", "numpy")
+    return {
+        "packages": {name: _version(name) for name in packages},
+        "kernels": sparc3_kernels.info(),
+        "python": platform.python_version(),
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def write_report(folder: str | Path, report: dict[str, Any]) -> Path:
+    """Write report.json into a folder and return its path."""
+    path = Path(folder) / "report.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return path
+
+
+def table(results: Sequence[dict[str, Any]], dense: float | None = None) -> Table:
+    """A rich table of results, the best perplexity first.
+
+    Args:
+        results: dicts with method, pattern, sparsity, perplexity, and optionally interval (mean, low, high: nats per
+            token against Wanda, negative is better) and seconds.
+        dense: the dense model's perplexity, for the ratio.
+    """
+    out = Table()
+    columns = (
+        "method",
+        "pattern",
+        "sparsity",
+        "perplexity",
+        "x dense",
+        "against Wanda, nats (95 %)",
+        "seconds",
+    )
+    for column in columns:
+        out.add_column(column, justify="left" if column in ("method", "pattern") else "right")
+    for row in sorted(results, key=lambda row: row["perplexity"]):
+        interval = row.get("interval")
+        out.add_row(
+            row["method"],
+            row["pattern"],
+            f"{row['sparsity']:.1%}",
+            f"{row['perplexity']:.4g}",
+            f"{row['perplexity'] / dense:.2f}" if dense else "",
+            f"{interval[0]:+.3f} ({interval[1]:+.3f}, {interval[2]:+.3f})" if interval else "",
+            f"{row['seconds']:.1f}" if row.get("seconds") is not None else "",
+        )
+    return out
+
+
+def plot_perplexity(results: Sequence[dict[str, Any]], path: str | Path, title: str, dense: float) -> None:
+    """Perplexity against sparsity, one line a method, the dense model dashed; format by the path's ending."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter, ScalarFormatter
+
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")
+    methods = dict.fromkeys(row["method"] for row in results)
+    for method in sorted(methods, key=lambda name: name == "lrp"):
+        points = sorted((row["sparsity"], row["perplexity"]) for row in results if row["method"] == method)
+        x, y = zip(*[(0.0, dense), *points], strict=True)
+        leading = method == "lrp"
+        axes.plot(
+            x,
+            y,
+            marker="o",
+            markersize=5 if leading else 3.5,
+            linewidth=2.6 if leading else 1.4,
+            color=_COLOURS.get(method),
+            label=method,
+        )
+    axes.axhline(dense, color="black", linewidth=1, linestyle="--", label=f"dense ({dense:.3g})")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("weights pruned")
+    axes.set_ylabel("perplexity on held-out text (log scale)")
+    axes.set_title(title)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
