@@ -71,7 +71,7 @@ def save_pretrained(
 ) -> None:
     """Write the model with the mask's zeros, the tokenizer, the mask and the report; ``model`` is not changed.
 
-    Plain dense Hugging Face safetensors: everything loads it. The files are config.json, the weights, the tokenizer's,
+    Plain dense Hugging Face safetensors: everything loads it. Beside the weights, the config and the tokenizer lie
     mask.safetensors and report.json.
 
     Args:
