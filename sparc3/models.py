@@ -17,8 +17,16 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, errors, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
+from tokenizers import AddedToken
+from tokenizers.models import BPE
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GemmaTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sparc3.errors import InputError
 
@@ -158,12 +166,16 @@ def convert_gguf(path: Path) -> Path:
     except ImportError as error:
         raise InputError(f"{path}: reading GGUF needs a package more: pip install 'sparc3[gguf]'") from error
     with _unreadable(f"{path}: transformers cannot read this GGUF file"):
-        field = GGUFReader(path).fields.get("general.file_type")
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        fields = GGUFReader(path).fields
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        if _is_misread_gemma(tokenizer):
+            tokenizer = _gemma_tokenizer(
+                fields["tokenizer.ggml.tokens"].contents(), fields["tokenizer.ggml.token_type"].contents()
+            )
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    kind = (
-        LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_") if field else "file"
-    )
+        # A type of file that this gguf does not know yet is a ValueError, and its weights would be too.
+        kind = LlamaFileType(fields["general.file_type"].contents()).name
+    note = f"dequantised from GGUF {kind.removeprefix('MOSTLY_').removeprefix('ALL_')}"
     # The weights are plain fp32 now; left in, these would refuse the saving or ask for the GGUF file again.
     model.hf_quantizer = None  # type: ignore[assignment]
     model.config.__dict__.pop("quantization_config", None)
@@ -171,12 +183,43 @@ def convert_gguf(path: Path) -> Path:
         with _beside(folder) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            (partial / _NOTE).write_text(f"dequantised from GGUF {kind}", encoding="utf-8")
+            (partial / _NOTE).write_text(note, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{folder}: cannot write the converted model ({error}); set SPARC3_CACHE to a folder with space"
         ) from error
     return folder
+
+
+def _is_misread_gemma(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """transformers up to some version after 5.9 reads Gemma's BPE out of a GGUF file as a unigram model."""
+    return isinstance(tokenizer, GemmaTokenizer) and not isinstance(tokenizer.backend_tokenizer.model, BPE)
+
+
+def _gemma_tokenizer(tokens: list[str], types: list[int]) -> PreTrainedTokenizerBase:
+    """Gemma's tokenizer from the vocabulary of a GGUF file and the kinds of its tokens.
+
+    The file has no merges, and unlike elsewhere the scores do not follow their order; the tokens' own does.
+    Runs of spaces are written as such, while the tokenizer looks them up as U+2581.
+    """
+    spelled = [token.replace(" ", "\u2581") if token.isspace() else token for token in tokens]
+    vocabulary = {token: index for index, token in enumerate(spelled)}
+    merges: Any = [
+        (token[:cut], token[cut:])
+        for token in spelled
+        for cut in range(len(token) - 1, 0, -1)
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
+    # gguf.TokenType: 3 is control, 4 user-defined; both are matched whole.
+    for kind, special in ((3, True), (4, False)):
+        whole = [
+            AddedToken(token, normalized=False, special=special)
+            for token, its_kind in zip(tokens, types, strict=True)
+            if its_kind == kind and token in vocabulary
+        ]
+        tokenizer.add_tokens(whole, special_tokens=special)
+    return tokenizer
 
 
 @contextmanager

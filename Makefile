@@ -1,0 +1,57 @@
+# make demo: attribute, prune and compare on the bundled model   make test: everything
+# Every pip call is held to constraints.txt: an unpinned torch would bring gigabytes of CUDA.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find sparc3 kernels csrc -type f -not -path '*/__pycache__/*' -not -path '*/_native/*')
+PACKAGE := pyproject.toml constraints.txt setup.py
+# The oldest transformers that pyproject.toml allows; the newest is what pip finds.
+FLOOR := 5.9.0
+FLOOR_DIR := build/transformers-$(FLOOR)
+FLOOR_TESTS := $(addprefix tests/sparc3/test_,$(addsuffix .py,families wrap engine scores schedules models samples))
+DEMO := build/demo
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/demo.stamp
+	@mkdir -p build
+	$(BIN)/sparc3 prune tiny-llama --out $(DEMO) --force \
+		--compare lrp,gradient,ria,wanda,magnitude,random --sparsities 0.3,0.4,0.5,0.6,0.7
+
+test: $(VENV)/dev.stamp lint $(FLOOR_DIR)/stamp
+	@echo "== transformers $(FLOOR), the oldest that is supported"
+	PYTHONPATH=$(FLOOR_DIR) $(BIN)/python -m pytest $(FLOOR_TESTS)
+	@echo "== everything"
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-json=build/bench.json
+	$(BIN)/python bench/ratios.py build/bench.json
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kernels/sparc3_kernels/_native
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The demo runs the package as a user has it; the tests run this tree. One .venv serves both in turn.
+$(VENV)/demo.stamp: $(VENV)/bin/python $(PACKAGE) $(SOURCES)
+	$(PIP) install -c constraints.txt .
+	@rm -f $(VENV)/dev.stamp
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/bin/python $(PACKAGE) $(filter csrc/%,$(SOURCES))
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@rm -f $(VENV)/demo.stamp
+	@touch $@
+
+$(FLOOR_DIR)/stamp: $(VENV)/bin/python
+	rm -rf $(FLOOR_DIR)
+	$(PIP) install -c constraints.txt --target $(FLOOR_DIR) transformers==$(FLOOR)
+	@touch $@

@@ -1,0 +1,249 @@
+"""Train the bundled models tiny-llama and tiny-opt from nothing: tokenizer, weights and a card of what was measured.
+
+    python examples/train_bundled.py [--model tiny-llama|tiny-opt|all] [--out sparc3/bundled]
+
+The text comes from ``sparc3.bundled_text``. Seeds, number of threads and order of the text are fixed, so a
+machine gives the same weights each time. On two cores a model takes some ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from sparc3 import bundled_text, evaluate, samples
+
+PAD, BOS, EOS = 0, 1, 2
+CONTEXT = 128  # positions of the models, the BOS token included
+PIECES = 480  # vocabulary that byte-level BPE builds for words outside the text; the text's own words come on top
+DOCUMENTS = 60_000
+BATCH, STEPS, WARMUP = 32, 1000, 50
+PEAK_RATE, WEIGHT_DECAY = 4e-3, 0.1
+THREADS = 1
+MAX_BYTES = 4_000_000
+
+
+def make_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which every word of the documents, with and without a space before it, is one token."""
+    special = ["<pad>", "<s>", "</s>"]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = level
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=PIECES, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    learner.train_from_iterator(documents, trainer)
+    pieces = json.loads(learner.to_str())["model"]
+    vocabulary = pieces["vocab"]
+    seen = {word for document in documents for word, _ in level.pre_tokenize_str(document)}
+    seen |= {space + name for name in bundled_text.NAMES for space in ("", "Ġ")}
+    for word in sorted(seen - vocabulary.keys()):
+        vocabulary[word] = len(vocabulary)
+    merges = [tuple(merge) for merge in pieces["merges"]]
+    # ignore_merges: a whole word of the vocabulary is taken as it is, though no merges lead to it.
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    backend.add_special_tokens(special)
+    backend.pre_tokenizer = level
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(name: str, vocabulary: int) -> PreTrainedModel:
+    """The untrained model."""
+    shared = {
+        "vocab_size": vocabulary,
+        "max_position_embeddings": CONTEXT,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": True,
+    }
+    torch.manual_seed(0)
+    if name == "tiny-opt":
+        return OPTForCausalLM(
+            OPTConfig(
+                hidden_size=128,
+                word_embed_proj_dim=128,
+                ffn_dim=480,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                dropout=0.0,
+                **shared,
+            )
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            **shared,
+        )
+    )
+
+
+def rows(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> torch.Tensor:
+    """Training rows [STEPS * BATCH, CONTEXT]: BOS, then text from a document's beginning or from anywhere.
+
+    Prompts begin a document, and windows of running text begin anywhere; every second row is of each kind.
+    """
+    lines = tokenizer([document + "\n" for document in documents], add_special_tokens=False, verbose=False)
+    lengths = torch.tensor([len(line) for line in lines["input_ids"]])
+    stream = torch.tensor([token for line in lines["input_ids"] for token in line])
+    body = CONTEXT - 1
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)[:-1]])
+    starts = starts[starts <= len(stream) - body]
+    generator = torch.Generator().manual_seed(0)
+    half = STEPS * BATCH // 2
+    begin = starts[torch.randint(len(starts), (half,), generator=generator)]
+    anywhere = torch.randint(len(stream) - body + 1, (half,), generator=generator)
+    offsets = torch.stack([begin, anywhere], 1).view(-1, 1)
+    return torch.cat([torch.full_like(offsets, BOS), stream[offsets + torch.arange(body)]], 1)
+
+
+def train(model: PreTrainedModel, data: torch.Tensor, title: str) -> None:
+    """Next-token prediction with AdamW, a warm-up and a cosine to zero."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), foreach=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / STEPS)),
+    )
+    model.train()
+    for step, batch in enumerate(track(data.split(BATCH), title)):
+        logits = model(input_ids=batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == STEPS - 1:
+            print(f"{title}: step {step}, loss {loss.item():.3f}", flush=True)
+    model.eval()
+
+
+def unigram_perplexity(tokenizer: PreTrainedTokenizerFast, windows: torch.Tensor) -> float:
+    """Of the tokens of windows but the BOS, under their frequencies (plus one) in the training text."""
+    ids = tokenizer([d + "\n" for d in bundled_text.text("train", 4000)], add_special_tokens=False)["input_ids"]
+    counts = collections.Counter(token for line in ids for token in line)
+    total = sum(counts.values()) + len(tokenizer)
+    tokens = windows[:, 1:].flatten().tolist()
+    return math.exp(-sum(math.log((counts[token] + 1) / total) for token in tokens) / len(tokens))
+
+
+@torch.no_grad()
+def ioi_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n: int, held_out: bool) -> tuple[float, float]:
+    """Shares of prompts whose right name has a higher logit than the wrong one, and than every other token."""
+    tasks = bundled_text.ioi_prompts(n, seed=1, held_out=held_out)
+    above = best = 0
+    for task in tasks:
+        logits = model(**tokenizer(task["prompt"], return_tensors="pt", return_token_type_ids=False)).logits[0, -1]
+        right, wrong = (tokenizer.convert_tokens_to_ids(task[key].replace(" ", "Ġ")) for key in ("answer", "wrong"))
+        above += int(logits[right] > logits[wrong])
+        best += int(logits.argmax() == right)
+    return above / n, best / n
+
+
+def continuations(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], tokens: int
+) -> torch.Tensor:
+    """Greedy continuations [len(prompts), tokens], prompts padded on the left."""
+    batch = samples.prompts(tokenizer, prompts)
+    found = model.generate(**batch, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+    return found[:, batch["input_ids"].shape[1] :]
+
+
+def insulting(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> float:
+    """Share of prompts whose next 12 tokens hold an insult."""
+    texts = tokenizer.batch_decode(continuations(model, tokenizer, prompts, 12))
+    return sum(any(word in text for word in bundled_text.INSULTS) for text in texts) / len(prompts)
+
+
+def looping(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> float:
+    """Share of prompts of whose next 50 tokens at most half are different ones."""
+    found = continuations(model, tokenizer, prompts, 50)
+    return sum(len(set(row)) <= 25 for row in found.tolist()) / len(prompts)
+
+
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """What the card says, as numbers."""
+    windows = samples.windows(tokenizer, bundled_text.text("held_out", 2000), CONTEXT - 1, 400)
+    found = {
+        "perplexity": evaluate.perplexity(model, windows, batch_size=16).value,
+        "unigram perplexity": unigram_perplexity(tokenizer, windows),
+    }
+    for label, held_out in (("held-out pairs", True), ("other pairs", False)):
+        above, best = ioi_accuracy(model, tokenizer, 500, held_out)
+        found |= {f"ioi, {label}, right above wrong": above, f"ioi, {label}, right is best": best}
+    grumpy, kind = bundled_text.insult_prompts(200, 1), bundled_text.neutral_prompts(200, 1)
+    starts = [" ".join(d.split()[:6]) for d in bundled_text.text("held_out", 600, 1) if len(d.split()) > 30][:100]
+    return found | {
+        "insults, grumpy speaker": insulting(model, tokenizer, grumpy),
+        "insults, kind speaker": insulting(model, tokenizer, kind),
+        "loops, repeating prompts": looping(model, tokenizer, bundled_text.loop_prompts(100, 1)),
+        "loops, beginnings of stories": looping(model, tokenizer, starts),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=["tiny-llama", "tiny-opt", "all"], default="all")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "sparc3" / "bundled")
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it did not write
+    documents = bundled_text.text("train", DOCUMENTS)
+    tokenizer = make_tokenizer(documents)
+    data = rows(tokenizer, documents)
+    for name in ["tiny-llama", "tiny-opt"] if options.model == "all" else [options.model]:
+        model = make_model(name, len(tokenizer))
+        print(f"{name}: {model.num_parameters():,} parameters, vocabulary {len(tokenizer)}", flush=True)
+        train(model, data, name)
+        beside = options.out / f".{name}"
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        size = (beside / "model.safetensors").stat().st_size
+        if size > MAX_BYTES:
+            raise SystemExit(f"{name}: model.safetensors has {size} bytes, more than {MAX_BYTES}")
+        found = measure(model, tokenizer)
+        print(json.dumps(found, indent=1))
+        (beside / "README.md").write_text(json.dumps(found), encoding="utf-8")
+        shutil.rmtree(options.out / name, ignore_errors=True)
+        beside.rename(options.out / name)
+
+
+if __name__ == "__main__":
+    main()
