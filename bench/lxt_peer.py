@@ -61,7 +61,9 @@ def main() -> None:
         print(json.dumps(lxt_seconds(model_name, int(tokens))))
         return
     command = [sys.executable, str(Path(__file__)), folder, model_name, tokens, "inner"]
-    theirs = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    theirs = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
     seconds = our_seconds(model_name, int(tokens)) | theirs
     print(json.dumps({"model": model_name, "tokens": int(tokens), "seconds": seconds}, indent=1))
 

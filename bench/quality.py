@@ -23,12 +23,12 @@ import typer
 from attribution_cases import load_benchmark_model
 from real_models import lee, lee_background
 from rich.console import Console
-from sparc3.compress import DEFAULTS, default_settings, prune
-from sparc3.mask import Mask, fingerprint
-from sparc3.report import versions
 
+from sparc3.compress import DEFAULTS, default_settings, prune
 from sparc3.evaluate import Perplexity, paired_interval, perplexity
 from sparc3.families import prunable
+from sparc3.mask import Mask, fingerprint
+from sparc3.report import versions
 from sparc3.rules import Rule
 from sparc3.samples import read_documents, windows
 from sparc3.scores import Accumulators, Batch, Scores, accumulate, as_batches

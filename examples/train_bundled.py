@@ -32,7 +32,9 @@ from sparc3 import bundled_text, evaluate, samples
 
 PAD, BOS, EOS = 0, 1, 2
 CONTEXT = 128  # positions of the models, the BOS token included
-PIECES = 480  # vocabulary that byte-level BPE builds for words outside the text; the text's own words come on top
+PIECES = (
+    480  # vocabulary that byte-level BPE builds for words outside the text; the text's own words come on top
+)
 DOCUMENTS = 60_000
 BATCH, STEPS, WARMUP = 32, 1000, 50
 PEAK_RATE, WEIGHT_DECAY = 4e-3, 0.1
@@ -156,7 +158,9 @@ def train(model: PreTrainedModel, data: torch.Tensor, title: str) -> None:
 
 def unigram_perplexity(tokenizer: PreTrainedTokenizerFast, windows: torch.Tensor) -> float:
     """Of the tokens of windows but the BOS, under their frequencies (plus one) in the training text."""
-    ids = tokenizer([d + "\n" for d in bundled_text.text("train", 4000)], add_special_tokens=False)["input_ids"]
+    ids = tokenizer([d + "\n" for d in bundled_text.text("train", 4000)], add_special_tokens=False)[
+        "input_ids"
+    ]
     counts = collections.Counter(token for line in ids for token in line)
     total = sum(counts.values()) + len(tokenizer)
     tokens = windows[:, 1:].flatten().tolist()
@@ -164,13 +168,19 @@ def unigram_perplexity(tokenizer: PreTrainedTokenizerFast, windows: torch.Tensor
 
 
 @torch.no_grad()
-def ioi_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n: int, held_out: bool) -> tuple[float, float]:
+def ioi_accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n: int, held_out: bool
+) -> tuple[float, float]:
     """Shares of prompts whose right name has a higher logit than the wrong one, and than every other token."""
     tasks = bundled_text.ioi_prompts(n, seed=1, held_out=held_out)
     above = best = 0
     for task in tasks:
-        logits = model(**tokenizer(task["prompt"], return_tensors="pt", return_token_type_ids=False)).logits[0, -1]
-        right, wrong = (tokenizer.convert_tokens_to_ids(task[key].replace(" ", "Ġ")) for key in ("answer", "wrong"))
+        logits = model(**tokenizer(task["prompt"], return_tensors="pt", return_token_type_ids=False)).logits[
+            0, -1
+        ]
+        right, wrong = (
+            tokenizer.convert_tokens_to_ids(task[key].replace(" ", "Ġ")) for key in ("answer", "wrong")
+        )
         above += int(logits[right] > logits[wrong])
         best += int(logits.argmax() == right)
     return above / n, best / n
@@ -208,7 +218,9 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[
         above, best = ioi_accuracy(model, tokenizer, 500, held_out)
         found |= {f"ioi, {label}, right above wrong": above, f"ioi, {label}, right is best": best}
     grumpy, kind = bundled_text.insult_prompts(200, 1), bundled_text.neutral_prompts(200, 1)
-    starts = [" ".join(d.split()[:6]) for d in bundled_text.text("held_out", 600, 1) if len(d.split()) > 30][:100]
+    starts = [" ".join(d.split()[:6]) for d in bundled_text.text("held_out", 600, 1) if len(d.split()) > 30][
+        :100
+    ]
     return found | {
         "insults, grumpy speaker": insulting(model, tokenizer, grumpy),
         "insults, kind speaker": insulting(model, tokenizer, kind),

@@ -160,7 +160,6 @@ def attribute(
             relevance by construction; a sample with a non-finite relevance.
     """
     from sparc3.mask import fingerprint
-
     from sparc3.schedules import activation_scores
 
     weights = prunable(model, include, exclude)
