@@ -113,9 +113,7 @@ class Mask:
         """
         weights = self.check(model)
         if keep:
-            self._values = {
-                name: weight.detach()[~self._on(name, weight)] for name, weight in weights.items()
-            }
+            self._values = self._pruned_values(weights)
         for name, weight in weights.items():
             apply_bits_(weight.detach(), self.bits[name].to(weight.device))
 
@@ -123,15 +121,15 @@ class Mask:
         """Put the pruned values back, bit for bit.
 
         Args:
-            base: folder or safetensors file of the checkpoint that the mask was made from; not needed after
-                ``apply(keep=True)`` of this object.
+            base: name of the model that the mask was made from, as ``sparc3.load`` takes it; it is loaded whole, in
+                the dtype of ``model``. Not needed after ``apply(keep=True)`` of this object.
 
         Raises:
-            InputError: there is nothing to take the values from, or the base is another model.
+            InputError: there is nothing to take the values from, the base cannot be loaded, or it is another model.
         """
         weights = self._weights(model)
         if base is not None:
-            values = self._from_base(Path(base), weights)
+            values = self._from_base(base, weights)
         elif self._values:
             values = self._values
         else:
@@ -169,26 +167,16 @@ class Mask:
     def _on(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         return self.kept(name).to(weight.device)
 
-    def _from_base(self, base: Path, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        files = sorted(base.glob("*.safetensors")) if base.is_dir() else [base]
-        values: dict[str, torch.Tensor] = {}
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    names = set(opened.keys())
-                    for name in weights.keys() & names:
-                        tensor = opened.get_tensor(name).to(weights[name].dtype)
-                        if self.fingerprint:
-                            one = {name: tensor}
-                            found = fingerprint(nn.Module(), one, self.fingerprint["full"])["tensors"][name]
-                            _compare(name, self.fingerprint["tensors"][name], found)
-                        values[name] = tensor[~self.kept(name)]
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"cannot read {file}: {error}") from error
-        missing = [name for name in weights if name not in values]
-        if missing:
-            raise InputError(f"{base} is not the base of this mask: it has no weight {missing[0]}")
-        return values
+    def _pruned_values(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        return {name: weight.detach()[~self._on(name, weight)] for name, weight in weights.items()}
+
+    def _from_base(self, base: str | Path, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        # Through transformers, since a file may name and cut weights otherwise than the model does: fused experts
+        # are stored one by one, a tied head not at all.
+        from sparc3.models import load
+
+        dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+        return self._pruned_values(self.check(load(base, dtype=dtype).model))
 
     # Algebra -------------------------------------------------------------------------------------------------------
 
@@ -272,18 +260,22 @@ class Mask:
             raise InputError(f"cannot read a mask from {path}: {error}") from error
         if header is None:
             raise InputError(f"{path} is a safetensors file but not a mask: its header has no {_KEY}")
-        described = json.loads(header)
-        if described["version"] > VERSION:
-            raise InputError(
-                f"{path} is a mask of format {described['version']}; this one reads up to {VERSION}: update sparc3"
-            )
-        shapes = {name: tuple(shape) for name, shape in described["shapes"].items()}
+        try:
+            described = json.loads(header)
+            if described["version"] > VERSION:
+                raise InputError(
+                    f"{path} is a mask of format {described['version']}; this one reads up to {VERSION}: "
+                    "update sparc3"
+                )
+            shapes = {name: tuple(shape) for name, shape in described["shapes"].items()}
+            identity, settings = described["fingerprint"], described["settings"]
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is damaged: its {_KEY} cannot be read ({error!r})") from error
         for name, shape in shapes.items():
-            if name not in bits or bits[name].numel() != (torch.Size(shape).numel() + 7) // 8:
+            size = (torch.Size(shape).numel() + 7) // 8
+            if name not in bits or bits[name].dtype != torch.uint8 or bits[name].numel() != size:
                 raise InputError(f"{path} is damaged: the bits of {name} do not fit its shape {list(shape)}")
-        return cls(
-            {name: bits[name] for name in shapes}, shapes, described["fingerprint"], described["settings"]
-        )
+        return cls({name: bits[name] for name in shapes}, shapes, identity, settings)
 
 
 def _compare(name: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
