@@ -37,17 +37,30 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         yield partial
         # mkdtemp makes a folder that only its owner may read.
         partial.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(old / path.name)
-            partial.rename(path)
-            shutil.rmtree(old)
+        if path.exists() and force:
+            _replace(partial, path)
         else:
             partial.rename(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Put ``new`` where ``path`` is; ``path`` is put back where that fails."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    old = aside / path.name
+    try:
+        path.rename(old)
+        new.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    # The new folder is complete and in place: what cannot be removed of the old one is no failure.
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_new(path: str | Path, force: bool = False) -> None:
