@@ -79,7 +79,7 @@ class Relevance:
 
 def _relevance(tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    return tensor.detach().to(dtype) * gradient.to(dtype)
+    return tensor.to(dtype) * gradient.to(dtype)
 
 
 @contextmanager
@@ -120,7 +120,9 @@ def relevance(
 
     def watch(tensor: torch.Tensor, store: Callable[[torch.Tensor], None]) -> None:
         if tensor.requires_grad and not blocks.passing_through:
-            tensor.register_hook(lambda gradient: store(_relevance(tensor, gradient)))
+            # Detached: a hook that holds its own tensor keeps the graph alive for good.
+            value = tensor.detach()
+            tensor.register_hook(lambda gradient: store(_relevance(value, gradient)))
 
     def before(layer: int, kind: str, module: nn.Module, args: tuple) -> None:
         watch(args[0], partial(keep, layer, kind))
