@@ -94,13 +94,12 @@ def table(results: Sequence[dict[str, Any]], dense: float | None = None) -> Tabl
 
 def plot_perplexity(results: Sequence[dict[str, Any]], path: str | Path, title: str, dense: float) -> None:
     """Perplexity against sparsity, one line a method, the dense model dashed; format by the path's ending."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    # Not pyplot, which would change the backend of the process (a notebook's) and keep the figure.
+    from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
     methods = dict.fromkeys(row["method"] for row in results)
     for method in sorted(methods, key=lambda name: name == "lrp"):
         points = sorted((row["sparsity"], row["perplexity"]) for row in results if row["method"] == method)
@@ -125,4 +124,3 @@ def plot_perplexity(results: Sequence[dict[str, Any]], path: str | Path, title: 
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
