@@ -49,10 +49,9 @@ def select(scores: ScoresLike, sparsity: float | None, pattern: str, by: str = "
     kept, group = parse_pattern(pattern)
     sparsity = check_sparsity(sparsity, pattern)
     for name, tensor in scores.tensors.items():
+        check_width(name, tensor.shape[-1], pattern)
         if tensor.isnan().any():
             raise InputError(f"{name} has NaN scores: {int(tensor.isnan().sum())} of {tensor.numel()}")
-        if group and tensor.shape[-1] % group:
-            raise InputError(f"{pattern} does not divide {name}: its inputs are {tensor.shape[-1]} wide")
 
     def ranked() -> Iterator[torch.Tensor]:
         for tensor in scores.tensors.values():
@@ -106,6 +105,15 @@ def check_sparsity(sparsity: float | None, pattern: str) -> float:
     if sparsity is None or not 0 <= sparsity < 1:
         raise InputError(f"sparsity {sparsity} is not a share of the weights: it must be in [0, 1)")
     return sparsity
+
+
+def check_width(name: str, width: int, pattern: str) -> None:
+    """InputError where an N:M pattern does not divide the inputs of a weight."""
+    _, group = parse_pattern(pattern)
+    if group and width % group:
+        raise InputError(
+            f"{pattern} does not divide {name}: its inputs are {width} wide; exclude it or take another M"
+        )
 
 
 def pruned_count(sparsity: float, count: int) -> int:
