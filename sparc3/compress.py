@@ -21,7 +21,7 @@ from sparc3.families import prunable
 from sparc3.mask import Mask, fingerprint
 from sparc3.samples import Batch
 from sparc3.schedules import sequential_masks
-from sparc3.scores import METHODS, Scores, as_batches, attribute
+from sparc3.scores import METHODS, Scores, as_batches, attribute, check_settings
 from sparc3.select import check_sparsity, check_width, parse_pattern
 
 SEQUENTIAL = ("wanda", "ria")
@@ -72,8 +72,8 @@ def prune(
     Raises:
         InputError: as ``sparc3.attribute`` and ``Scores.select``.
     """
-    sparsity = _sparsity(sparsity, pattern)
-    _check(model, [method], pattern, include, exclude)
+    sparsity = requested_sparsity(sparsity, pattern)
+    check_model(model, [method], pattern, include, exclude)
     if method in SEQUENTIAL and pattern != "global":
         return _prune_in_sweep(model, samples, method, sparsity, pattern, include, exclude, progress)
     scores = _one_shot_scores(model, samples, method, pattern, include, exclude, progress, settings)
@@ -106,8 +106,8 @@ def compare(
         nats a token; it is missing for Wanda itself, or where Wanda is not compared. Wanda comes first for that.
         The model is unchanged whenever the iterator rests.
     """
-    wanted = [_sparsity(sparsity, pattern) for sparsity in sparsities]
-    _check(model, methods, pattern, include, exclude)
+    wanted = [requested_sparsity(sparsity, pattern) for sparsity in sparsities]
+    check_model(model, methods, pattern, include, exclude)
     peers: dict[float, Perplexity] = {}
     for method in sorted(dict.fromkeys(methods), key=lambda name: name != "wanda"):
         start = time.perf_counter()
@@ -154,22 +154,22 @@ def _tell(progress: Callable[[str], None] | None, what: str) -> None:
         progress(what)
 
 
-def _sparsity(sparsity: float | None, pattern: str) -> float:
+def requested_sparsity(sparsity: float | None, pattern: str) -> float:
+    """The share to prune: 0.5 unless told or, for N:M, implied; InputError where the two do not fit."""
     _, group = parse_pattern(pattern)
     return check_sparsity(0.5 if sparsity is None and not group else sparsity, pattern)
 
 
-def _check(
+def check_model(
     model: PreTrainedModel,
     methods: Sequence[str],
     pattern: str,
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> None:
-    """InputError for what could not be selected or scored, before the long work."""
+    """InputError where ``prune`` and ``compare`` would refuse for the model's sake; to be called before long work."""
     for method in methods:
-        if method not in METHODS:
-            raise InputError(f"method {method!r} is not known; use {' | '.join(METHODS)}")
+        check_settings(method)
     for name, weight in prunable(model, include, exclude).items():
         check_width(name, weight.canonical(weight.weight).shape[-1], pattern)
 

@@ -65,7 +65,7 @@ def perplexity(
             its vocabulary, or an architecture that is not declared.
     """
     count, length = windows.shape
-    _check_fits(model, windows)
+    check_fits(model, windows)
     blocks = Blocks(model)
     means: list[torch.Tensor] = []
     for batch in batches(windows, batch_size):
@@ -129,7 +129,8 @@ def _t_central(angle: float, dof: int) -> float:
     return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
 
 
-def _check_fits(model: PreTrainedModel, windows: torch.Tensor) -> None:
+def check_fits(model: PreTrainedModel, windows: torch.Tensor) -> None:
+    """InputError unless the model has positions and a vocabulary for windows [N, T], and T is at least 2."""
     length = windows.shape[1]
     if length < 2:
         raise InputError(f"windows of {length} tokens: perplexity needs at least 2")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.errors import InputError
 from sparc3.mask import Mask
+from sparc3.models import NOTE_FILE
+from sparc3.report import write_report
 
 
 @contextmanager
@@ -70,8 +72,15 @@ def check_new(path: str | Path, force: bool = False) -> None:
         raise InputError(f"{path} exists; give another --out, or --force to replace it")
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file, not a folder; give another --out")
+    # --force is for what this wrote before, not for a home folder.
+    if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise InputError(
+            f"{path} holds no model (no config.json), so --force does not replace it; remove it yourself"
+        )
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"cannot write beside {path}: the folder {path.parent} is read-only")
 
 
 def save_pretrained(
@@ -81,6 +90,8 @@ def save_pretrained(
     tokenizer: PreTrainedTokenizerBase | None = None,
     report: dict[str, Any] | None = None,
     force: bool = False,
+    note: str = "",
+    extra: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the model with the mask's zeros, the tokenizer, the mask and the report; ``model`` is not changed.
 
@@ -90,6 +101,8 @@ def save_pretrained(
     Args:
         mask: None writes the model as it is. A mask that is already applied is fine.
         force: replace a folder that exists, once the new one is complete.
+        note: of the base (sparc3.load(...).note), for whoever loads the folder with ``sparc3.load``.
+        extra: writes more files into the folder that it is given, before it takes its name.
 
     Raises:
         InputError: the mask is for another model, or the folder cannot be written.
@@ -107,7 +120,11 @@ def save_pretrained(
         if mask is not None:
             mask.save(folder / "mask.safetensors")
         if report is not None:
-            (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+            write_report(folder, report)
+        if note:
+            (folder / NOTE_FILE).write_text(note, encoding="utf-8")
+        if extra is not None:
+            extra(folder)
 
 
 def _pruned_state(model: PreTrainedModel, mask: Mask | None) -> dict[str, torch.Tensor]:

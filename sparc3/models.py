@@ -35,7 +35,8 @@ BUNDLED = (DEFAULT, "tiny-opt")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_NOTE = "sparc3_note.txt"
+# What is to be said beside a model's figures; it goes on to what is made of the model.
+NOTE_FILE = "sparc3_note.txt"
 # The hub is asked once before transformers is, which tries for 23 s when there is no network.
 _HUB_TIMEOUT_S = 10
 
@@ -97,17 +98,16 @@ def load(name: str | Path | None = None, *, dtype: str = "float32", device: str 
 def _resolve(name: str) -> tuple[str, str]:
     """(folder or hub id, note) of a name; InputError where there is nothing to load."""
     path = Path(name).expanduser()
-    note = ""
     if name in BUNDLED:
         path = Path(__file__).parent / "bundled" / name
     elif path.suffix.lower() == ".gguf":
         path = convert_gguf(path)
-        note = (path / _NOTE).read_text(encoding="utf-8")
     elif not path.exists():
         _check_hub(name)
-        return name, note
+        return name, ""
     _check_folder(path)
-    return str(path), note
+    note = path / NOTE_FILE
+    return str(path), note.read_text(encoding="utf-8") if note.is_file() else ""
 
 
 def check_finite(model: nn.Module, origin: str = "model") -> None:
@@ -183,7 +183,7 @@ def convert_gguf(path: Path) -> Path:
         with _beside(folder) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            (partial / _NOTE).write_text(note, encoding="utf-8")
+            (partial / NOTE_FILE).write_text(note, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{folder}: cannot write the converted model ({error}); set SPARC3_CACHE to a folder with space"

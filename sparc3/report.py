@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -54,15 +55,28 @@ def _processor() -> str:
 def write_report(folder: str | Path, report: dict[str, Any]) -> Path:
     """Write report.json into a folder and return its path."""
     path = Path(folder) / "report.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(as_json(report) + "\n", encoding="utf-8")
     return path
+
+
+def as_json(value: Any) -> str:
+    """A JSON document of plain values; numbers that JSON has no word for, as an infinite perplexity, are null."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(results: Sequence[dict[str, Any]], dense: float | None = None) -> Table:
     """A rich table of results, the best perplexity first.
 
     Args:
-        results: dicts with method, pattern, sparsity, perplexity, and optionally interval (mean, low, high: nats per
+        results: dicts with method, pattern, sparsity, and optionally perplexity, interval (mean, low, high: nats per
             token against Wanda, negative is better) and seconds.
         dense: the dense model's perplexity, for the ratio.
     """
@@ -78,13 +92,13 @@ def table(results: Sequence[dict[str, Any]], dense: float | None = None) -> Tabl
     )
     for column in columns:
         out.add_column(column, justify="left" if column in ("method", "pattern") else "right")
-    for row in sorted(results, key=lambda row: row["perplexity"]):
+    for row in sorted(results, key=lambda row: row.get("perplexity", 0)):
         interval = row.get("interval")
         out.add_row(
             row["method"],
             row["pattern"],
             f"{row['sparsity']:.1%}",
-            f"{row['perplexity']:.4g}",
+            f"{row['perplexity']:.4g}" if "perplexity" in row else "",
             f"{row['perplexity'] / dense:.2f}" if dense else "",
             f"{interval[0]:+.3f} ({interval[1]:+.3f}, {interval[2]:+.3f})" if interval else "",
             f"{row['seconds']:.1f}" if row.get("seconds") is not None else "",

@@ -162,18 +162,10 @@ def attribute(
     from sparc3.mask import fingerprint
     from sparc3.schedules import activation_scores
 
+    parsed = check_settings(method, rule=rule, target=target, positions=positions, reduce=reduce)
     weights = prunable(model, include, exclude)
     settings: dict[str, Any] = {"method": method}
     if method in ("lrp", "gradient"):
-        parsed = Rule.parse(rule if method == "lrp" else "gradient")
-        if parsed.zero_parts():
-            raise InputError(
-                f"rule {parsed} gives exactly zero relevance to {' and '.join(parsed.zero_parts())}, "
-                "so it cannot score them; use another rule, or sparc3.relevance for tokens and neurons"
-            )
-        check_target(target, positions)
-        if reduce not in REDUCTIONS:
-            raise InputError(f"reduce {reduce!r} is not known; use {' | '.join(REDUCTIONS)}")
         sink = Accumulators(weights, reduce, skip_first)
         settings |= {
             "rule": str(parsed),
@@ -188,11 +180,9 @@ def attribute(
         tensors = sink.scores()
     elif method in ("wanda", "ria"):
         tensors = activation_scores(model, as_batches(model, samples), method, weights, progress)
-    elif method in ("magnitude", "random"):
+    else:
         tensors = _sample_free_scores(weights, method, seed)
         settings |= {"seed": seed} if method == "random" else {}
-    else:
-        raise InputError(f"method {method!r} is not known; use {' | '.join(METHODS)}")
     _check_finite(tensors, weights)
     return Scores(
         tensors,
@@ -203,6 +193,30 @@ def attribute(
 
 
 METHODS = ("lrp", "gradient", "wanda", "ria", "magnitude", "random")
+
+
+def check_settings(
+    method: str,
+    *,
+    rule: str | Rule = "attnlrp",
+    target: str | TargetFunction = "logprob",
+    positions: str = "all",
+    reduce: str = "abs",
+    skip_first: bool = False,
+) -> Rule:
+    """The rule that a method scores by; InputError where ``attribute`` would refuse these, whatever the model."""
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is not known; use {' | '.join(METHODS)}")
+    parsed = Rule.parse(rule)
+    if method == "lrp" and parsed.zero_parts():
+        raise InputError(
+            f"rule {parsed} gives exactly zero relevance to {' and '.join(parsed.zero_parts())}, "
+            "so it cannot score them; use another rule, or sparc3.relevance for tokens and neurons"
+        )
+    check_target(target, positions)
+    if reduce not in REDUCTIONS:
+        raise InputError(f"reduce {reduce!r} is not known; use {' | '.join(REDUCTIONS)}")
+    return parsed if method == "lrp" else Rule.parse("gradient")
 
 
 def accumulate(
