@@ -37,8 +37,10 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         raise InputError(f"cannot write beside {path}: {error}") from error
     try:
         yield partial
-        # mkdtemp makes a folder that only its owner may read.
+        # mkdtemp and safetensors make what only its owner may read.
         partial.chmod(0o755)
+        for file in partial.iterdir():
+            file.chmod(0o644)
         if path.exists() and force:
             _replace(partial, path)
         else:

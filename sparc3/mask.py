@@ -242,6 +242,8 @@ class Mask:
             os.close(descriptor)
             try:
                 save_file(tensors, partial, metadata={_KEY: json.dumps(header)})
+                # mkstemp makes a file that only its owner may read.
+                os.chmod(partial, 0o644)
                 os.replace(partial, path)
             except BaseException:
                 Path(partial).unlink(missing_ok=True)

@@ -9,10 +9,15 @@ import platform
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sparc3_kernels
 from rich.table import Table
+from sparc3_kernels.select import count_bits
+
+if TYPE_CHECKING:
+    from sparc3.mask import Mask
+    from sparc3.models import Loaded
 
 # One colour a method, the same in every plot; LRP stands out, the others recede.
 _COLOURS = {
@@ -50,6 +55,30 @@ def _processor() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def describe(loaded: Loaded, mask: Mask) -> dict[str, Any]:
+    """What was pruned and how far: the model, the mask's settings, sparsity by tensor, versions and machine."""
+    return {
+        "model": {"name": loaded.name, "origin": loaded.origin, "note": loaded.note},
+        "settings": mask.settings,
+        "sparsity": {"requested": mask.settings.get("sparsity"), "achieved": mask.sparsity},
+        "tensors": tensor_sparsity(mask),
+        **versions(),
+    }
+
+
+def tensor_sparsity(mask: Mask) -> dict[str, dict[str, Any]]:
+    """{name: {"shape", "requested", "achieved"}}; requested is None where the pattern leaves it open (global)."""
+    each = None if mask.settings.get("pattern") == "global" else mask.settings.get("sparsity")
+    return {
+        name: {
+            "shape": list(shape),
+            "requested": each,
+            "achieved": 1 - count_bits(mask.bits[name]) / math.prod(shape),
+        }
+        for name, shape in mask.shapes.items()
+    }
 
 
 def write_report(folder: str | Path, report: dict[str, Any]) -> Path:
@@ -99,7 +128,7 @@ def table(results: Sequence[dict[str, Any]], dense: float | None = None) -> Tabl
             row["pattern"],
             f"{row['sparsity']:.1%}",
             f"{row['perplexity']:.4g}" if "perplexity" in row else "",
-            f"{row['perplexity'] / dense:.2f}" if dense else "",
+            f"{row['perplexity'] / dense:.2f}" if dense and "perplexity" in row else "",
             f"{interval[0]:+.3f} ({interval[1]:+.3f}, {interval[2]:+.3f})" if interval else "",
             f"{row['seconds']:.1f}" if row.get("seconds") is not None else "",
         )
