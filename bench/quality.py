@@ -35,7 +35,7 @@ from sparc3.scores import Accumulators, Batch, Scores, accumulate, as_batches
 
 RESULTS = Path(__file__).parent / "results"
 PATTERNS = ("row", "2:4", "layer", "global")
-LENGTH, DEVELOPMENT_WINDOWS = 128, 32
+LENGTH, DEVELOPMENT_WINDOWS = 128, 16
 console = Console(stderr=True, width=140)
 
 
