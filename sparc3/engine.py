@@ -1,8 +1,8 @@
 """The one engine: forward through the decoder blocks keeping what each block received, backward in reverse.
 
 A block's activations are kept or recomputed, as memory allows; both give the same relevance. The embedding, the
-masks and the rotary tables come from running the model once with pass-through blocks; the logits come from
-running it with blocks that hand the last block's output on, a chunk of positions at a time.
+masks and the rotary tables come from running the model below its LM head once with pass-through blocks; the logits
+come from running all of it with blocks that hand the last block's output on, a chunk of positions at a time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Blocks:
             return forward
 
         with torch.no_grad(), self._replaced(stub):
-            self._run(batch, torch.zeros(1, dtype=torch.long, device=batch["input_ids"].device))
+            # Without the LM head: even one position's logits read all of it.
+            self.model.base_model(**_inputs(batch), use_cache=False)
         return received[0], calls
 
     def run(self, index: int, hidden: torch.Tensor, call: tuple[tuple, dict]) -> torch.Tensor:
@@ -63,17 +64,7 @@ class Blocks:
             return lambda received, *args, **kwargs: hidden if index == last else received
 
         with self._replaced(stub):
-            return self._run(batch, positions)
-
-    def _run(self, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
-        inputs = {
-            name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch
-        }
-        mask = batch.get("attention_mask")
-        if mask is not None and "position_ids" not in batch and not mask.all():
-            # As generate() does: learned positions (GPT-2) would otherwise count the padding on the left.
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        return self.model(**inputs, use_cache=False, logits_to_keep=positions).logits
+            return self.model(**_inputs(batch), use_cache=False, logits_to_keep=positions).logits
 
     @contextmanager
     def _replaced(self, stub: Any) -> Iterator[None]:
@@ -90,6 +81,15 @@ class Blocks:
                     del block.forward
                 else:
                     block.forward = forward
+
+
+def _inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    mask = batch.get("attention_mask")
+    if mask is not None and "position_ids" not in batch and not mask.all():
+        # As generate() does: learned positions (GPT-2) would otherwise count the padding on the left.
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return inputs
 
 
 @dataclass
