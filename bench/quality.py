@@ -31,11 +31,11 @@ from sparc3.mask import Mask, fingerprint
 from sparc3.report import versions
 from sparc3.rules import Rule
 from sparc3.samples import read_documents, windows
-from sparc3.scores import Accumulators, Batch, Scores, accumulate, as_batches
+from sparc3.scores import Accumulators, Batch, Scores, accumulate, as_batches, attribute
 
 RESULTS = Path(__file__).parent / "results"
 PATTERNS = ("row", "2:4", "layer", "global")
-LENGTH, DEVELOPMENT_WINDOWS = 128, 16
+LENGTH, DEVELOPMENT_WINDOWS, HELD_OUT_WINDOWS = 128, 16, 48
 console = Console(stderr=True, width=140)
 
 
@@ -83,6 +83,7 @@ PARTS = {
 }
 PART_CASES = tuple(Case(rule, reduce=reduce) for rule in PARTS.values() for reduce in ("abs", "token-square"))
 BASELINES = ("magnitude", "wanda", "ria")
+PEERS = ("wanda", "ria", "gradient")
 
 
 class Several:
@@ -110,7 +111,7 @@ class Study:
         order = torch.randperm(len(background), generator=torch.Generator().manual_seed(0))
         self.pool = background[order[DEVELOPMENT_WINDOWS:].sort().values]
         if held_out:
-            self.judged = windows(tokenizer, read_documents([str(lee())]), LENGTH)
+            self.judged = windows(tokenizer, read_documents([str(lee())]), LENGTH, HELD_OUT_WINDOWS, seed=0)
         else:
             self.judged = background[order[:DEVELOPMENT_WINDOWS].sort().values]
         self.dense = self.perplexity()
@@ -180,12 +181,10 @@ def run_cases(
     return results
 
 
-def run_method(study: Study, method: str, pattern: str, seed: int, samples: int, **settings: object) -> dict:
-    """Perplexity of a method with sparc3.prune's own defaults, or with the settings given."""
-    mask = prune(
-        study.model, study.calibration(seed, samples), method, _sparsity(pattern), pattern, **settings
-    )
-    return _row(method, settings, pattern, seed, study.pruned(mask))
+def run_method(study: Study, method: str, pattern: str, seed: int, samples: int) -> dict:
+    """Perplexity of a baseline by sparc3.prune."""
+    mask = prune(study.model, study.calibration(seed, samples), method, _sparsity(pattern), pattern)
+    return _row(method, mask.settings, pattern, seed, study.pruned(mask))
 
 
 def _row(label: str, settings: dict, pattern: str, seed: int, result: Perplexity) -> dict:
@@ -215,15 +214,29 @@ def run_defaults(model_name: str, samples: int, seeds: int) -> dict:
     study = Study(model_name, held_out=True)
     results = []
     for seed in range(seeds):
-        for pattern in PATTERNS:
-            settings = default_settings(pattern)
-            same = {**settings, "rule": "gradient"}
-            results.append(run_method(study, "lrp", pattern, seed, samples, **settings))
-            results.append(run_method(study, "gradient", pattern, seed, samples, **same))
-            for method in BASELINES:
-                if method != "magnitude" or seed == 0:
-                    results.append(run_method(study, method, pattern, seed, samples))
+        for method in ("lrp", "gradient"):
+            results += run_default_scores(study, method, seed, samples)
+        for method in BASELINES:
+            if method != "magnitude" or seed == 0:
+                results += [run_method(study, method, pattern, seed, samples) for pattern in PATTERNS]
     return _file(study, model_name, "held-out", samples, results) | {"defaults": DEFAULTS}
+
+
+def run_default_scores(study: Study, method: str, seed: int, samples: int) -> list[dict]:
+    """Every pattern with its default, scored once where patterns share it; gradient drops the rule alone."""
+    patterns_of: dict[str, list[str]] = {}
+    for pattern in PATTERNS:
+        settings = default_settings(pattern)
+        if method == "gradient":
+            settings.pop("rule")
+        patterns_of.setdefault(json.dumps(settings), []).append(pattern)
+    results = []
+    for settings, patterns in patterns_of.items():
+        scores = attribute(study.model, study.calibration(seed, samples), method, **json.loads(settings))
+        for pattern in patterns:
+            result = study.pruned(scores.select(_sparsity(pattern), pattern))
+            results.append(_row(method, scores.settings, pattern, seed, result))
+    return results
 
 
 def _file(study: Study, model_name: str, text: str, samples: int, results: list[dict]) -> dict:
@@ -238,25 +251,37 @@ def _file(study: Study, model_name: str, text: str, samples: int, results: list[
             "context": study.dense.context,
         },
         "dense": study.dense.value,
-        "dense_nll": study.dense.nll.tolist(),
+        "date": time.strftime("%Y-%m-%d"),
+        "dense_nll": [round(value, 6) for value in study.dense.nll.tolist()],
         "results": results,
     }
 
 
 def markdown(data: dict) -> str:
-    """One table a model: geometric mean of the perplexity over seeds, and the paired interval against Wanda."""
-    lines = []
-    for of_model in data["models"]:
-        lines.append(
-            f"### {of_model['model']} ({of_model['note']}), {of_model['text']} text, dense {of_model['dense']:.2f}, "
-            f"{of_model['calibration']['windows']} calibration windows of {LENGTH} tokens\n"
-        )
-        lines.append("| score | " + " | ".join(PATTERNS) + " |\n|---|" + "---|" * len(PATTERNS))
-        for label in dict.fromkeys(row["label"] for row in of_model["results"]):
-            cells = [_cell(of_model["results"], label, pattern) for pattern in PATTERNS]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+    """Perplexity of every score and pattern, and where the default was measured how it stands to its peers.
+
+    Over seeds the geometric mean; in brackets the 95 % interval against Wanda in nats a token, paired over windows.
+    """
+    results = data["results"]
+    lines = [
+        f"### {data['model']} ({data['note']}), {data['text']} text\n",
+        f"Dense {data['dense']:.2f}; {data['calibration']['windows']} calibration windows, judged on "
+        f"{data['judged']['windows']} windows of {LENGTH} tokens.\n",
+        "| score | " + " | ".join(PATTERNS) + " |\n|---|" + "---|" * len(PATTERNS),
+    ]
+    for label in dict.fromkeys(row["label"] for row in results):
+        cells = [_cell(results, label, pattern) for pattern in PATTERNS]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    if data["text"] == "held-out":
+        lines.append("\n| pattern | lrp against | nats a token (95 %) | lrp is |\n|---|---|---|---|")
+        lines += [_verdict(results, pattern, peer) for pattern in PATTERNS for peer in PEERS]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(results: list[dict], pattern: str, peer: str) -> str:
+    mean, low, high = paired_interval(_nll(results, "lrp", pattern), _nll(results, peer, pattern))
+    word = "ahead" if high < 0 else "behind" if low > 0 else "not told apart"
+    return f"| {pattern} | {peer} | {mean:+.3f} ({low:+.3f}, {high:+.3f}) | {word} |"
 
 
 def _cell(results: list[dict], label: str, pattern: str) -> str:
@@ -293,14 +318,13 @@ def main(
         "tables": lambda name: run_tables(name, samples),
         "defaults": lambda name: run_defaults(name, samples, seeds),
     }
-    data = {"study": study, "versions": versions(), "models": []}
-    target = RESULTS / f"quality-{study}-{time.strftime('%Y-%m-%d')}.json"
     for name in model or ["smollm2", "gemma3"]:
         console.print(f"{name}:")
-        data["models"].append(run[study](name))
-        target.write_text(json.dumps(data, indent=1))
+        data = {"study": study, "versions": versions(), **run[study](name)}
+        target = RESULTS / f"quality-{study}-{Path(name).name}.json"
+        target.write_text(json.dumps(data) + "\n")
         target.with_suffix(".md").write_text(markdown(data))
-    Console(width=140).print(markdown(data), markup=False)
+        Console(width=140).print(markdown(data), markup=False)
 
 
 if __name__ == "__main__":
