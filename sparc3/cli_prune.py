@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import sys
@@ -232,8 +233,8 @@ def _measure(
 def _plotter(
     loaded: Loaded, dense: dict[str, Any] | None, rows: list[dict[str, Any]]
 ) -> Callable[[Path], None] | None:
-    """Writes the plot into a folder, where there is more than one row to show."""
-    if dense is None or len(rows) < 2:
+    """Writes the plot into a folder, where there is more than one row and an axis that holds the dense model."""
+    if dense is None or len(rows) < 2 or not math.isfinite(dense["perplexity"]):
         return None
     from sparc3.report import plot_perplexity
 
@@ -279,6 +280,6 @@ def _next_commands(
 def _program() -> str:
     """How this program was called, so that its commands can be copied."""
     called = Path(sys.argv[0])
-    if called.name == "__main__.py":
+    if getattr(sys.modules["__main__"].__spec__, "name", None) == "sparc3.__main__":
         return f"{shlex.quote(sys.executable)} -m sparc3"
     return "sparc3" if shutil.which("sparc3") or called.name != "sparc3" else shlex.quote(str(called))

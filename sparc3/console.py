@@ -92,17 +92,18 @@ def begin() -> None:
 def progress(description: str) -> Iterator[Update]:
     """A progress bar with the time left on stderr, where that is a terminal; it pulses until it is given a total."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    words = TextColumn("{task.description}", markup=False)
+    columns = (words, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield partial(bar.update, bar.add_task(description, total=None))
 
 
 def show(*parts: RenderableType) -> None:
     """Print tables and lines on stdout; a file or a pipe gets 120 columns, and no line of text is broken."""
-    terminal = Console(highlight=False)
-    console = terminal if terminal.is_terminal else Console(highlight=False, width=120)
+    terminal = Console(highlight=False, markup=False)
+    console = terminal if terminal.is_terminal else Console(highlight=False, markup=False, width=120)
     for part in parts:
-        console.print(part, markup=False, soft_wrap=isinstance(part, str))
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 def show_json(value: Any) -> None:
