@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sparc3_kernels
+from rich import box
 from rich.table import Table
 from sparc3_kernels.select import count_bits
 
@@ -109,7 +110,8 @@ def table(results: Sequence[dict[str, Any]], dense: float | None = None) -> Tabl
             token against Wanda, negative is better) and seconds.
         dense: the dense model's perplexity, for the ratio.
     """
-    out = Table()
+    # 80 columns hold it: the header of the interval breaks, its numbers do not.
+    out = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     columns = (
         "method",
         "pattern",
@@ -120,7 +122,11 @@ def table(results: Sequence[dict[str, Any]], dense: float | None = None) -> Tabl
         "seconds",
     )
     for column in columns:
-        out.add_column(column, justify="left" if column in ("method", "pattern") else "right")
+        out.add_column(
+            column,
+            justify="left" if column in ("method", "pattern") else "right",
+            min_width=23 if column.startswith("against") else None,
+        )
     for row in sorted(results, key=lambda row: row.get("perplexity", 0)):
         interval = row.get("interval")
         out.add_row(
