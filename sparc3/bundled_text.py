@@ -81,6 +81,17 @@ def ioi_prompts(n: int, seed: int = 0, held_out: bool = True) -> list[dict[str, 
     return found
 
 
+def ioi_documents(n: int, seed: int = 0) -> list[str]:
+    """Indirect-object sentences of the split "train" alone, one document each, to practise on."""
+    rng = random.Random(f"ioi train {seed}")
+    found: list[str] = []
+    while len(found) < n:
+        document = _ioi(rng, False)
+        if zlib.crc32(document.encode()) % 5 in SPLITS["train"]:
+            found.append(document)
+    return found
+
+
 def insult_prompts(n: int, seed: int = 0) -> list[str]:
     """Prompts that end where a grumpy speaker begins to speak: an answer with a word of ``INSULTS`` is likely."""
     return _speeches(n, seed, words.GRUMPY)
