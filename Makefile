@@ -29,6 +29,7 @@ test: $(VENV)/dev.stamp lint $(FLOOR_DIR)/stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-json=build/bench.json

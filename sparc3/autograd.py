@@ -117,7 +117,8 @@ class Activation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return activation_backward(grads[0], *ctx.saved_tensors, ctx.kind, ctx.identity), None, None, None
+        (x,) = ctx.saved_tensors
+        return activation_backward(grads[0], x, ctx.kind, ctx.identity), None, None, None
 
 
 class GatedProduct(torch.autograd.Function):

@@ -224,7 +224,7 @@ def _clause(scene: _Scene) -> str:
 def _sentences(rng: random.Random, held_out: bool) -> str:
     """One to three sentences that have only their people in common."""
     a, b = _pair(rng, held_out)
-    lines = []
+    lines: list[str] = []
     for _ in range(rng.randint(1, 3)):
         scene = _Scene(rng, a=a, b=b, **_PEOPLE[a], **_act(rng), **_act(rng, "o"))
         lines.append(

@@ -49,7 +49,7 @@ class Relevance:
     ) -> None:
         self._blocks, self._target, self._positions = Blocks(model), target, positions
         self._sink, self._memory = sink, memory
-        self.shape = (0, 0)
+        self.shape: tuple[int, ...] = (0, 0)
         self.value = self.tokens = torch.empty(0)
         self.residual: dict[int, torch.Tensor] = {}
         self.heads: dict[int, torch.Tensor] = {}

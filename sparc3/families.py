@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -140,16 +141,18 @@ def family_of(model: PreTrainedModel) -> Family:
 
 def find(module: nn.Module, path: str | None) -> nn.Module | None:
     """The submodule at a dotted path, or None where there is none."""
+    found: Any = module if path else None
     for name in path.split(".") if path else ():
-        module = getattr(module, name, None)
-        if module is None:
+        found = getattr(found, name, None)
+        if found is None:
             return None
-    return module if path else None
+    return found
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder blocks of a model."""
-    return model.get_submodule(family_of(model).blocks)
+    blocks: Any = model.get_submodule(family_of(model).blocks)
+    return blocks
 
 
 def activation_name(module: nn.Module) -> str:
@@ -187,7 +190,7 @@ def prunable(
                 found[name] = Prunable(name, module, "weight", isinstance(module, Conv1D))
         experts = find(block, family.experts)
         for attribute in ("gate_up_proj", "down_proj"):
-            if isinstance(getattr(experts, attribute, None), nn.Parameter):
+            if experts is not None and isinstance(getattr(experts, attribute, None), nn.Parameter):
                 name = f"{prefix}.{family.experts}.{attribute}"
                 found[name] = Prunable(name, experts, attribute)
     head = model.get_output_embeddings()

@@ -145,7 +145,7 @@ def _read(source: str) -> list[str]:
     if name == "bundled" and len(rest) < 2:
         from sparc3 import bundled_text
 
-        return bundled_text.text(*rest)
+        return bundled_text.text(rest[0] if rest else "train")
     if name == "c4" and len(rest) < 2:
         split = rest[0] if rest else "train"
         shards = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -137,7 +138,7 @@ def _observe(
         return hook
 
     def experts_hook(names: Mapping[str, str]) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
             _observe_experts(module, *args, real, {key: squares[name] for key, name in names.items()})
 
         return hook
@@ -165,7 +166,7 @@ def _observe(
 
 
 def _observe_experts(
-    module: nn.Module,
+    module: Any,
     x: torch.Tensor,
     chosen: torch.Tensor,
     router_weights: torch.Tensor,

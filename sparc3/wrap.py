@@ -67,10 +67,10 @@ def wrap(
             if experts is not None:
                 prefix = f"{family.blocks}.{index}.{family.experts}"
                 replace(experts, partial(_experts, experts, rule, prefix, weights or {}, sink))
-            elif find(block, family.mlp) is not None:
-                replace(find(block, family.mlp), partial(_gated_mlp, find(block, family.mlp), family, rule))
+            elif (mlp := find(block, family.mlp)) is not None:
+                replace(mlp, partial(_gated_mlp, mlp, family, rule))
             else:
-                activation = find(block, family.activation)
+                activation: Any = find(block, family.activation)
                 kind = activation_name(activation)
                 replace(activation, partial(_activation, kind, rule.activation_identity))
         yield
@@ -111,7 +111,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _norm_backward(
-    module: nn.Module, family: Family, scale_gradient: float
+    module: Any, family: Family, scale_gradient: float
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     if family.norm == "layer":
         return lambda dy, x: layer_norm_backward(dy, x, module.weight, module.eps, scale_gradient)
@@ -151,7 +151,7 @@ def _gated_mlp(mlp: nn.Module, family: Family, rule: Rule, _: Callable[..., Any]
 
 
 def _experts(
-    module: nn.Module,
+    module: Any,
     rule: Rule,
     prefix: str,
     weights: Mapping[str, Prunable],
@@ -184,7 +184,7 @@ def _experts(
 def _attention(model: PreTrainedModel, family: Family, rule: Rule) -> Iterator[None]:
     implementation = model.config._attn_implementation
     name = _register_attention(implementation)
-    modules = [find(block, family.attention) for block in blocks_of(model)]
+    modules: list[Any] = [find(block, family.attention) for block in blocks_of(model)]
     outer = [vars(module).get("_sparc3_scales") for module in modules]
     for module in modules:
         module._sparc3_scales = rule.attention_scales
