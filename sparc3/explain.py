@@ -63,7 +63,7 @@ class Relevance:
         self.value, embedded, gradient = attribute_batch(
             self._blocks, batch, self._target, self._positions, self._memory
         )
-        self.tokens = _relevance(embedded, gradient).sum(-1)
+        self.tokens = product(embedded, gradient).sum(-1)
         return self.value
 
     @property
@@ -77,7 +77,8 @@ class Relevance:
         }
 
 
-def _relevance(tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+def product(tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The relevance of a tensor, in at least fp32."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.to(dtype) * gradient.to(dtype)
 
@@ -122,7 +123,7 @@ def relevance(
         if tensor.requires_grad and not blocks.passing_through:
             # Detached: a hook that holds its own tensor keeps the graph alive for good.
             value = tensor.detach()
-            tensor.register_hook(lambda gradient: store(_relevance(value, gradient)))
+            tensor.register_hook(lambda gradient: store(product(value, gradient)))
 
     def before(layer: int, kind: str, module: nn.Module, args: tuple) -> None:
         watch(args[0], partial(keep, layer, kind))

@@ -55,7 +55,7 @@ def wrap(
         stack.enter_context(_attention(model, family, rule))
         replace = partial(_replace_forward, stack)
         for path, module in model.named_modules():
-            if path.endswith(("q_norm", "k_norm")) or _is_norm(module):
+            if path.endswith(("q_norm", "k_norm")) or is_norm(module):
                 inner = path.endswith(("q_norm", "k_norm"))
                 share = rule.qknorm_scale_gradient if inner else rule.norm_scale_gradient
                 replace(module, partial(_norm, _norm_backward(module, family, share)))
@@ -106,7 +106,8 @@ def _replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[...,
         stack.callback(own.__setitem__, "forward", previous)
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is an RMSNorm of some family or a LayerNorm."""
     return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
 
 
@@ -220,6 +221,9 @@ def _register_attention(implementation: str) -> str:
             function = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
         else:
             function = ALL_ATTENTION_FUNCTIONS[implementation]
+        # Set by sparc3.conservation: nowhere else are queries and keys as they enter the scores.
+        if (watch := getattr(module, "_sparc3_watch", None)) is not None:
+            watch(query, key, value)
         scales = getattr(module, "_sparc3_scales", (1.0, 1.0, 1.0))
         scaled = (scale_gradient(x, scale) for x, scale in zip((query, key, value), scales, strict=True))
         return function(module, *scaled, mask, **kwargs)
