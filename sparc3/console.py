@@ -126,6 +126,8 @@ def check_new_file(path: Path, force: bool) -> None:
         raise InputError(f"{path} is a folder; give a file as --out")
     if path.exists() and not force:
         raise InputError(f"{path} exists; give another --out, or --force to replace it")
+    if not path.parent.is_dir():
+        raise InputError(f"the folder {path.parent} does not exist; make it first")
 
 
 def short(settings: Any) -> str:
