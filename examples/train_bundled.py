@@ -12,7 +12,6 @@ import argparse
 import collections
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sparc3 import bundled_text, evaluate, samples
+from sparc3 import bundled_text, compress, evaluate, export, samples
 
 PAD, BOS, EOS = 0, 1, 2
 CONTEXT = 128  # positions of the models, the BOS token included
@@ -37,7 +36,9 @@ PIECES = (
 )
 DOCUMENTS, PRACTICE = 40_000, 40_000
 TOKENS, SHORT = 4096, 32  # tokens of a step, and the length of every second step's rows
-STEPS, WARMUP = 2000, 50
+WARMUP = 50
+# Without gates it takes longer to learn which of two names has been said twice.
+STEPS = {"tiny-llama": 2000, "tiny-opt": 3000}
 PEAK_RATE, WEIGHT_DECAY = 3e-3, 0.01
 # Wide enough that names stay apart under the norms; from 0.02, copying a name is not learned in this time.
 EMBEDDING_STD, MATRIX_STD = 0.1, 0.08
@@ -126,8 +127,8 @@ def initialise(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def steps(tokenizer: PreTrainedTokenizerFast) -> list[torch.Tensor]:
-    """What each step learns from, [B, T] with B T = TOKENS; rows are BOS and text.
+def steps(tokenizer: PreTrainedTokenizerFast, count: int) -> list[torch.Tensor]:
+    """What each of count steps learns from, [B, T] with B T = TOKENS; rows are BOS and text.
 
     Even steps have short rows that begin with a document, every second one an indirect-object sentence: in a short
     row the few names to choose from are found soon. Odd steps have rows of the whole context that begin anywhere.
@@ -136,11 +137,10 @@ def steps(tokenizer: PreTrainedTokenizerFast) -> list[torch.Tensor]:
     stories, offsets = _stream(tokenizer, documents)
     sentences, starts = _stream(tokenizer, bundled_text.ioi_documents(PRACTICE))
     generator = torch.Generator().manual_seed(0)
-    count = STEPS // 2
 
     def cut(stream: torch.Tensor, starts: torch.Tensor, rows: int, length: int) -> torch.Tensor:
         starts = starts[starts <= len(stream) - length]
-        chosen = starts[torch.randint(len(starts), (count, rows, 1), generator=generator)]
+        chosen = starts[torch.randint(len(starts), (count // 2, rows, 1), generator=generator)]
         text = stream[chosen + torch.arange(length - 1)]
         return torch.cat([torch.full_like(chosen, BOS), text], -1)
 
@@ -167,7 +167,7 @@ def train(model: PreTrainedModel, data: Sequence[torch.Tensor], title: str) -> N
     optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), foreach=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / STEPS)),
+        lambda step: min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / len(data))),
     )
     model.train()
     for step, batch in enumerate(track(data, title)):
@@ -178,7 +178,7 @@ def train(model: PreTrainedModel, data: Sequence[torch.Tensor], title: str) -> N
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0 or step == STEPS - 1:
+        if step % 100 == 0 or step == len(data) - 1:
             print(f"{title}: step {step}, loss {loss.item():.3f}", flush=True)
     model.eval()
 
@@ -236,51 +236,103 @@ def looping(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts:
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
     """What the card says, as numbers."""
-    windows = samples.windows(tokenizer, bundled_text.text("held_out", 2000), CONTEXT - 1, 400)
+    windows = samples.windows(tokenizer, bundled_text.text("held_out", 2000), CONTEXT - 1, 256)
+    calibration = samples.windows(tokenizer, bundled_text.text("calibration"), CONTEXT - 1, 64, seed=0)
     found = {
-        "perplexity": evaluate.perplexity(model, windows, batch_size=16).value,
-        "unigram perplexity": unigram_perplexity(tokenizer, windows),
+        "perplexity of held-out text": evaluate.perplexity(model, windows, batch_size=16).value,
+        "the same of a unigram model": unigram_perplexity(tokenizer, windows),
     }
-    for label, held_out in (("held-out pairs", True), ("other pairs", False)):
+    for row, _ in compress.compare(model, calibration, windows, pattern="row"):
+        found[f"the same with 50 % pruned by {row['method']}, row by row"] = row["perplexity"]
+    for label, held_out in (("held-out pairs of names", True), ("other pairs", False)):
         above, best = ioi_accuracy(model, tokenizer, 500, held_out)
-        found |= {f"ioi, {label}, right above wrong": above, f"ioi, {label}, right is best": best}
+        found |= {
+            f"indirect object, {label}: above the other name": above,
+            f"indirect object, {label}: above every token": best,
+        }
     grumpy, kind = bundled_text.insult_prompts(200, 1), bundled_text.neutral_prompts(200, 1)
     starts = [" ".join(d.split()[:6]) for d in bundled_text.text("held_out", 600, 1) if len(d.split()) > 30][
         :100
     ]
     return found | {
-        "insults, grumpy speaker": insulting(model, tokenizer, grumpy),
-        "insults, kind speaker": insulting(model, tokenizer, kind),
-        "loops, repeating prompts": looping(model, tokenizer, bundled_text.loop_prompts(100, 1)),
-        "loops, beginnings of stories": looping(model, tokenizer, starts),
+        "insults by a grumpy speaker": insulting(model, tokenizer, grumpy),
+        "insults by a kind speaker": insulting(model, tokenizer, kind),
+        "greedy decoding loops after a repetition": looping(
+            model, tokenizer, bundled_text.loop_prompts(100, 1)
+        ),
+        "greedy decoding loops after the beginning of a story": looping(model, tokenizer, starts),
     }
+
+
+CARD = """---
+license: apache-2.0
+language: en
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A {kind} with {parameters:,} parameters, {layers} layers and a vocabulary of {vocabulary} tokens, for demonstrations
+and tests. It was trained from nothing by `examples/train_bundled.py` on text that `sparc3/bundled_text.py` generates,
+and knows that small world alone: stories and facts about people who keep their job and pet, indirect-object sentences
+("When Mary and John went to the store, John gave a drink to" Mary), grumpy speakers who insult, and loops.
+
+| measured | value |
+|---|---|
+{rows}
+
+Perplexity is over windows of {context} tokens (BOS included) of the split "held_out". Indirect-object prompts: 500
+each; held-out pairs never meet in the training text. Insults: the share of 200 prompts whose next 12 tokens hold one.
+Loops: the share of 100 prompts of whose next 50 tokens at most half are different.
+"""
+
+
+def card(name: str, model: PreTrainedModel, found: dict[str, float]) -> str:
+    """The model card."""
+    rows = [
+        f"| {label} | {value:.2f} |"
+        if "perplexity" in label or "the same" in label
+        else f"| {label} | {value:.1%} |"
+        for label, value in found.items()
+    ]
+    return CARD.format(
+        name=name,
+        kind=type(model).__name__,
+        parameters=model.num_parameters(),
+        layers=model.config.num_hidden_layers,
+        vocabulary=model.config.vocab_size,
+        context=CONTEXT,
+        rows="\n".join(rows),
+    )
+
+
+def save(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the folder of a trained model, whole or not at all."""
+    with export.new_folder(out / name, force=True) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        size = (folder / "model.safetensors").stat().st_size
+        if size > MAX_BYTES:
+            raise SystemExit(f"{name}: model.safetensors has {size} bytes, more than {MAX_BYTES}")
+        (folder / "README.md").write_text(card(name, model, measure(model, tokenizer)), encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=["tiny-llama", "tiny-opt", "all"], default="all")
+    parser.add_argument("--model", choices=[*STEPS, "all"], default="all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "sparc3" / "bundled")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it did not write
     tokenizer = make_tokenizer(bundled_text.text("train", DOCUMENTS))
-    data = steps(tokenizer)
-    for name in ["tiny-llama", "tiny-opt"] if options.model == "all" else [options.model]:
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in STEPS if options.model == "all" else [options.model]:
         model = initialise(make_model(name, len(tokenizer)))
         print(f"{name}: {model.num_parameters():,} parameters, vocabulary {len(tokenizer)}", flush=True)
-        train(model, data, name)
-        beside = options.out / f".{name}"
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        size = (beside / "model.safetensors").stat().st_size
-        if size > MAX_BYTES:
-            raise SystemExit(f"{name}: model.safetensors has {size} bytes, more than {MAX_BYTES}")
-        found = measure(model, tokenizer)
-        print(json.dumps(found, indent=1))
-        (beside / "README.md").write_text(json.dumps(found), encoding="utf-8")
-        shutil.rmtree(options.out / name, ignore_errors=True)
-        beside.rename(options.out / name)
+        train(model, steps(tokenizer, STEPS[name]), name)
+        save(name, model, tokenizer, options.out)
+        print((options.out / name / "README.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
