@@ -48,7 +48,7 @@ class Blocks:
 
         with torch.no_grad(), self._replaced(stub):
             # Without the LM head: even one position's logits read all of it.
-            self.model.base_model(**_inputs(batch), use_cache=False)
+            self.model.base_model(**model_inputs(batch), use_cache=False)
         return received[0], calls
 
     def run(self, index: int, hidden: torch.Tensor, call: tuple[tuple, dict]) -> torch.Tensor:
@@ -64,7 +64,7 @@ class Blocks:
             return lambda received, *args, **kwargs: hidden if index == last else received
 
         with self._replaced(stub):
-            return self.model(**_inputs(batch), use_cache=False, logits_to_keep=positions).logits
+            return self.model(**model_inputs(batch), use_cache=False, logits_to_keep=positions).logits
 
     @contextmanager
     def _replaced(self, stub: Any) -> Iterator[None]:
@@ -83,7 +83,8 @@ class Blocks:
                     block.forward = forward
 
 
-def _inputs(batch: Batch) -> dict[str, torch.Tensor]:
+def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    """What a model is called with: input_ids, attention_mask and, where there is padding, position_ids."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     mask = batch.get("attention_mask")
     if mask is not None and "position_ids" not in batch and not mask.all():

@@ -179,7 +179,7 @@ def task_batches(
     Raises:
         InputError: a prompt is longer than the model has positions.
     """
-    found = []
+    found: list[Batch] = []
     limit = getattr(model.config, "max_position_embeddings", None)
     for start in range(0, len(examples), _BATCH):
         part = examples[start : start + _BATCH]

@@ -62,11 +62,11 @@ class Components:
     sites: tuple[Site, ...]
 
     def gather(self, channels: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Sums [n] over each component's channels; channels: {site: [channels]}."""
+        """Sums [..., n] over each component's channels; channels: {site: [..., channels]}."""
         first = next(iter(channels.values()))
-        total = torch.zeros(len(self.names), dtype=first.dtype, device=first.device)
+        total = first.new_zeros(*first.shape[:-1], len(self.names))
         for site in self.sites:
-            total.index_add_(0, site.component, channels[site.name])
+            total.index_add_(-1, site.component, channels[site.name])
         return total
 
     def mask(self, model: PreTrainedModel, keep: torch.Tensor) -> Mask:

@@ -1,0 +1,367 @@
+"""Circuits: the few weights or components of a model that do a task, and how faithfully they do it.
+
+    task = load_task("ioi", loaded.tokenizer, bundled=True)
+    search = Search(loaded.model, loaded.tokenizer, task, "head")
+    circuit = search.find("lrp")
+    circuit.cpr, circuit.sparsest.fraction
+
+What is kept is ranked on the task's ranking examples; everything else is measured on its judging examples, with the
+protocol of MIB (Mueller et al. 2025, arXiv 2504.13151): faithfulness
+
+    f(k) = (m(k) - m(empty)) / (m(model) - m(empty)),
+
+m the mean logit difference of the circuit of the leading share k, and m(empty) with everything ablated that is
+ranked; CPR = area under f over k, CMD = area under |1 - f|, both by trapezoids on the grid ``FRACTIONS``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from sparc3_kernels.select import pack_bits
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparc3.errors import InputError
+from sparc3.families import prunable
+from sparc3.mask import Mask
+from sparc3.ranking import (
+    ABLATIONS,
+    COMPONENT_METHODS,
+    WEIGHT_METHODS,
+    ablated_differences,
+    check_component_settings,
+    differences,
+    masked_differences,
+    score_components,
+    score_weights,
+)
+from sparc3.rules import Rule
+from sparc3.scores import Scores, check_settings
+from sparc3.select import RANKINGS, pruned_count, select
+from sparc3.tasks import Task, task_batches
+from sparc3.units import UNITS, components
+
+FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+# Of the full model's accuracy: what a circuit must reach to do the task.
+GOAL = 0.9
+# Halvings, on a log scale, of the grid's interval in which accuracy falls below the goal: to 3 % of the size.
+_HALVINGS = 5
+# Wanda ranks within the rows of a weight, as it was published; the others over the whole model.
+_PATTERNS = {"wanda": "row"}
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A circuit measured on the judging examples.
+
+    Attributes:
+        fraction: share of the weights or components that was asked for.
+        kept: how many it has.
+        logit_difference: mean over examples.
+        accuracy: share of the examples on which the right answer is ahead of the wrong one.
+        faithfulness: f, see the module.
+    """
+
+    fraction: float
+    kept: int
+    logit_difference: float
+    accuracy: float
+    faithfulness: float
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """What one method found.
+
+    Attributes:
+        settings: unit, ablation, method, rule, ... as plain JSON values.
+        scores: [n] of components, or of weights.
+        curve: one point for each of ``FRACTIONS``.
+        cpr, cmd: areas over the curve.
+        sparsest: the smallest circuit measured from which on accuracy is at least 0.9 of the model's.
+        seconds: for scoring alone.
+    """
+
+    settings: dict[str, Any]
+    scores: torch.Tensor | Scores = field(repr=False)
+    curve: tuple[Point, ...]
+    cpr: float
+    cmd: float
+    sparsest: Point
+    seconds: float
+
+    def described(self) -> dict[str, Any]:
+        """All but the scores, as plain JSON values."""
+        return {
+            "method": self.settings["method"],
+            "settings": self.settings,
+            "curve": [asdict(point) for point in self.curve],
+            "cpr": self.cpr,
+            "cmd": self.cmd,
+            "sparsest": asdict(self.sparsest),
+            "seconds": self.seconds,
+        }
+
+
+def check_circuit_settings(
+    unit: str,
+    method: str,
+    ablation: str = "zero",
+    by: str = "value",
+    rule: str | Rule = "attnlrp",
+    reduce: str = "signed",
+) -> None:
+    """InputError where ``Search`` would refuse these, whatever the model."""
+    if unit not in ("weight", *UNITS):
+        raise InputError(f"unit {unit!r} is not known; use weight | {' | '.join(UNITS)}")
+    if by not in RANKINGS:
+        raise InputError(f"ranking {by!r} is not known; use {' | '.join(RANKINGS)}")
+    if unit != "weight":
+        Rule.parse(rule)
+        check_component_settings(unit, method, ablation, reduce)
+        return
+    if method not in WEIGHT_METHODS:
+        kind = "scores components, not weights" if method in COMPONENT_METHODS else "is not known"
+        raise InputError(f"method {method!r} {kind}; use {' | '.join(WEIGHT_METHODS)}")
+    if ablation not in ABLATIONS[:1]:
+        raise InputError(
+            f"weights are ablated by zero alone, not by {ablation!r}: they are the same for any prompt"
+        )
+    check_settings("gradient" if method == "integrated-gradients" else method, rule=rule, reduce=reduce)
+
+
+class Search:
+    """A model, a task and a unit: what stays the same while methods are compared.
+
+    Attributes:
+        names: of the components; empty for weights.
+        total: how many weights or components there are.
+        full, empty: the whole model, and the model with all of them ablated.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        unit: str,
+        ablation: str = "zero",
+    ) -> None:
+        """Measure the whole and the empty model.
+
+        Raises:
+            InputError: unknown unit or ablation, a prompt that is too long, a model that does not do the task, or one
+                that does it as well with everything ablated.
+        """
+        check_circuit_settings(unit, "lrp", ablation)
+        self.model, self.unit, self.ablation = model, unit, ablation
+        self._ranking = task_batches(model, tokenizer, task.ranking)
+        self._judging = task_batches(model, tokenizer, task.judging)
+        self._components = None if unit == "weight" else components(model, unit)
+        self.names: tuple[str, ...] = () if self._components is None else self._components.names
+        self.total = len(self.names) or sum(weight.weight.numel() for weight in prunable(model).values())
+        full = differences(model, self._judging)
+        empty = self._measure([self._nothing()])[0]
+        self._full, self._empty = full.double().mean().item(), empty.double().mean().item()
+        if not self._full > 0:
+            raise InputError(
+                f"the model does not do task {task.name}: its right answers are not ahead of the wrong ones (mean "
+                f"logit difference {self._full:.3g} on {len(full)} examples), so there is no circuit to find"
+            )
+        if not self._full > self._empty:
+            raise InputError(
+                f"with every {unit} ablated the model does task {task.name} no worse (mean logit difference "
+                f"{self._empty:.3g}, {self._full:.3g} whole), so no {unit} is needed for it"
+            )
+        self.full = self._point(1.0, self.total, full)
+        self.empty = self._point(0.0, 0, empty)
+
+    def find(
+        self,
+        method: str = "lrp",
+        *,
+        by: str = "value",
+        rule: str | Rule = "attnlrp",
+        reduce: str = "signed",
+        seed: int = 0,
+        tell: Tell | None = None,
+    ) -> Circuit:
+        """Score, rank, and measure the circuits of all ``FRACTIONS`` and the sparsest one that does the task.
+
+        Args:
+            method: sparc3.ranking.COMPONENT_METHODS or, for weights, WEIGHT_METHODS.
+            by: rank by signed "value" (what works against the task goes first) or by "magnitude".
+            rule: for lrp.
+            reduce: how samples are reduced by lrp and gradient: signed | abs | square (weights: token-square too).
+            seed: of random.
+            tell: called with a few words when a step begins.
+
+        Raises:
+            InputError: the method does not fit the unit, or a setting is not known.
+        """
+        check_circuit_settings(self.unit, method, self.ablation, by, rule, reduce)
+        tell = tell or (lambda words: None)
+        tell(f"{method}: scoring")
+        start = time.perf_counter()
+        scores: torch.Tensor | Scores
+        if self._components is None:
+            scores = score_weights(self.model, self._ranking, method, rule=rule, reduce=reduce, seed=seed)
+        else:
+            scores = score_components(
+                self.model,
+                self._components,
+                self._ranking,
+                method,
+                ablation=self.ablation,
+                rule=rule,
+                reduce=reduce,
+                seed=seed,
+            )
+        seconds = time.perf_counter() - start
+        settings: dict[str, Any] = {"unit": self.unit, "ablation": self.ablation, "method": method, "by": by}
+        if method == "lrp":
+            settings |= {"rule": str(Rule.parse(rule))}
+        if method in ("lrp", "gradient"):
+            settings |= {"reduce": reduce}
+        if method == "random":
+            settings |= {"seed": seed}
+        tell(f"{method}: measuring")
+        curve = self.measure(scores, settings, FRACTIONS)
+        tell(f"{method}: the sparsest circuit")
+        sparsest = _sparsest(
+            curve, GOAL * self.full.accuracy, lambda share: self.measure(scores, settings, [share])[0]
+        )
+        return Circuit(settings, scores, tuple(curve), *areas(curve), sparsest, seconds)
+
+    def measure(
+        self, scores: torch.Tensor | Scores, settings: dict[str, Any], fractions: Sequence[float]
+    ) -> list[Point]:
+        """The circuits of the leading fractions, measured on the judging examples."""
+        chosen = [self.kept(scores, settings, fraction) for fraction in fractions]
+        counts = [
+            round(keep.total * (1 - keep.sparsity)) if isinstance(keep, Mask) else int(keep.sum())
+            for keep in chosen
+        ]
+        found = self._measure(chosen)
+        return [
+            self._point(fraction, count, values)
+            for fraction, count, values in zip(fractions, counts, found, strict=True)
+        ]
+
+    def kept(
+        self, scores: torch.Tensor | Scores, settings: dict[str, Any], fraction: float
+    ) -> torch.Tensor | Mask:
+        """The leading fraction: bool [n] of components, or a mask of weights."""
+        if not 0 <= fraction <= 1:
+            raise InputError(f"{fraction} is not a share of what there is to keep: it must be in [0, 1]")
+        if isinstance(scores, Scores):
+            if fraction == 0:
+                return self._nothing()
+            return select(scores, 1 - fraction, _PATTERNS.get(settings["method"], "global"), settings["by"])
+        values = scores.abs() if settings["by"] == "magnitude" else scores
+        order = torch.argsort(values, descending=True, stable=True)
+        keep = torch.zeros(self.total, dtype=torch.bool)
+        keep[order[: self.total - pruned_count(1 - fraction, self.total)]] = True
+        return keep
+
+    def mask(self, keep: torch.Tensor | Mask) -> Mask:
+        """The weights of what is kept, as a mask; only where ablation is by zero."""
+        if isinstance(keep, Mask) or self._components is None:
+            assert isinstance(keep, Mask)
+            return keep
+        return self._components.mask(self.model, keep)
+
+    def _nothing(self) -> torch.Tensor | Mask:
+        if self._components is not None:
+            return torch.zeros(self.total, dtype=torch.bool)
+        shapes = {name: tuple(weight.weight.shape) for name, weight in prunable(self.model).items()}
+        empty = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
+        return Mask({name: pack_bits(kept) for name, kept in empty.items()}, shapes)
+
+    def _measure(self, chosen: Sequence[torch.Tensor | Mask]) -> torch.Tensor:
+        """Logit differences [len(chosen), N]."""
+        if self._components is None:
+            rows = [
+                masked_differences(self.model, mask, self._judging)
+                for mask in chosen
+                if isinstance(mask, Mask)
+            ]
+            return torch.stack(rows)
+        keeps = [keep for keep in chosen if isinstance(keep, torch.Tensor)]
+        return ablated_differences(self.model, self._components, self._judging, keeps, self.ablation)
+
+    def _point(self, fraction: float, kept: int, values: torch.Tensor) -> Point:
+        mean = values.double().mean().item()
+        return Point(
+            fraction,
+            kept,
+            mean,
+            (values > 0).double().mean().item(),
+            faithfulness(mean, self._full, self._empty),
+        )
+
+
+def faithfulness(mean: float, full: float, empty: float) -> float:
+    """f of a circuit, from its mean logit difference, the model's and the empty circuit's."""
+    return (mean - empty) / (full - empty)
+
+
+def areas(curve: Sequence[Point]) -> tuple[float, float]:
+    """(CPR, CMD): areas under f and under |1 - f| over the fractions of a curve, by trapezoids."""
+    x = torch.tensor([point.fraction for point in curve], dtype=torch.float64)
+    f = torch.tensor([point.faithfulness for point in curve], dtype=torch.float64)
+    return torch.trapezoid(f, x).item(), torch.trapezoid((1 - f).abs(), x).item()
+
+
+def agreement(scores: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """How scores [n] of components agree with exact ablation.
+
+    Returns:
+        pearson, spearman, and pearson_without_two: without the two components of the largest |exact|, which
+        otherwise make a correlation by themselves. NaN where one side does not vary.
+    """
+    scores, exact = scores.double(), exact.double()
+    others = torch.argsort(exact.abs(), descending=True, stable=True)[2:]
+    return {
+        "pearson": _pearson(scores, exact),
+        "spearman": _pearson(_ranks(scores), _ranks(exact)),
+        "pearson_without_two": _pearson(scores[others], exact[others]),
+    }
+
+
+def _pearson(a: torch.Tensor, b: torch.Tensor) -> float:
+    if len(a) < 2:
+        return float("nan")
+    return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Ranks, the mean of their places for equal values."""
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def _sparsest(curve: Sequence[Point], goal: float, measure: Callable[[float], Point]) -> Point:
+    """The smallest circuit from which on accuracy holds: the grid's, then halving the interval below it."""
+    points = sorted(curve, key=lambda point: point.fraction)
+    first = len(points) - 1
+    while first > 0 and points[first - 1].accuracy >= goal:
+        first -= 1
+    found = points[first]
+    if first == 0:
+        return found
+    low = points[first - 1]
+    for _ in range(_HALVINGS):
+        # Few components: the next smaller circuit is the one that failed.
+        if found.kept - low.kept <= 1:
+            break
+        middle = measure((low.fraction * found.fraction) ** 0.5)
+        found, low = (middle, low) if middle.accuracy >= goal else (found, middle)
+    return found

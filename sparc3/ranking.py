@@ -1,0 +1,345 @@
+"""How much each weight or component of a model matters to a task: the scores that circuits are ranked by.
+
+==================== ============================================ ====================================
+method               component c of channels x, with zero for x'  weight W
+==================== ============================================ ====================================
+lrp                  sum (x - x') g, g under an LRP rule          W dd/dW under the rule
+gradient             the same with the plain gradient             W dd/dW
+integrated-gradients the same with g averaged along a path        W times dd/dW averaged along it
+activation           sum |x - x'|
+wanda                sum_i ||x_i||_2 sum_j |W[j, i]|              |W[j, i]| ||x_i||_2
+magnitude            sum of |W| that is the component's own       |W|
+random               uniform                                      uniform
+exact                d(model) - d(model without c)
+==================== ============================================ ====================================
+
+Sums run over tokens and channels, d is the logit difference (sparc3.tasks), x' what replaces x when the component
+is ablated: zero, or x on the corrupted prompt. So scores stand for the effect of the very ablation that is asked for.
+The path goes straight from the embedded corrupted prompt to the clean one (Hanna et al. 2024, arXiv 2403.17806), here
+in 5 steps by the midpoint rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparc3.engine import Blocks, attribute_batch, model_inputs
+from sparc3.errors import InputError
+from sparc3.families import prunable
+from sparc3.mask import Mask, fingerprint
+from sparc3.rules import Rule
+from sparc3.scores import Accumulators, Scores, accumulate, attribute
+from sparc3.targets import Batch
+from sparc3.tasks import counterpart, logit_difference
+from sparc3.units import Components, Site, ablated, at_sites, recorded
+from sparc3.wrap import frozen, wrap
+
+ABLATIONS = ("zero", "patch")
+COMPONENT_METHODS = (
+    "lrp",
+    "gradient",
+    "integrated-gradients",
+    "activation",
+    "wanda",
+    "magnitude",
+    "random",
+    "exact",
+)
+WEIGHT_METHODS = ("lrp", "gradient", "integrated-gradients", "wanda", "magnitude", "random")
+# [B, n] of one batch -> [n], summed over its samples.
+COMPONENT_REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "signed": lambda values: values.sum(0),
+    "abs": lambda values: values.abs().sum(0),
+    "square": lambda values: values.square().sum(0),
+}
+_STEPS = 5
+
+Progress = Callable[[int], None]
+
+
+# Measuring ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def differences(model: PreTrainedModel, batches: Sequence[Batch]) -> torch.Tensor:
+    """Logit differences [N] of the model as it is, on the CPU."""
+    with frozen(model):
+        return torch.cat([_difference(model, batch) for batch in batches])
+
+
+@torch.no_grad()
+def ablated_differences(
+    model: PreTrainedModel,
+    found: Components,
+    batches: Sequence[Batch],
+    keeps: Sequence[torch.Tensor],
+    ablation: str,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Logit differences [len(keeps), N] with the components that are not kept [n] bool ablated."""
+    columns = []
+    with frozen(model):
+        for batch in batches:
+            instead = _activations(model, found, counterpart(batch)) if ablation == "patch" else None
+            column = []
+            for keep in keeps:
+                with ablated(found, keep, instead):
+                    column.append(_difference(model, batch))
+                if progress is not None:
+                    progress(1)
+            columns.append(torch.stack(column))
+    return torch.cat(columns, 1)
+
+
+def masked_differences(model: PreTrainedModel, mask: Mask, batches: Sequence[Batch]) -> torch.Tensor:
+    """Logit differences [N] under a mask; the weights are back afterwards, bit for bit."""
+    mask.apply(model, keep=True)
+    try:
+        return differences(model, batches)
+    finally:
+        mask.undo(model)
+
+
+def _difference(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    logits = model(**model_inputs(batch), use_cache=False, logits_to_keep=1).logits
+    return logit_difference(logits, batch).cpu()
+
+
+def _activations(model: PreTrainedModel, found: Components, batch: Batch) -> dict[str, torch.Tensor]:
+    """What enters each site, of the shape that the model has there."""
+    with torch.no_grad(), recorded(found) as seen:
+        model.base_model(**model_inputs(batch), use_cache=False)
+    return seen
+
+
+# Weights -----------------------------------------------------------------------------------------------------------
+
+
+def score_weights(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    method: str,
+    *,
+    rule: str | Rule = "attnlrp",
+    reduce: str = "signed",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Scores:
+    """Scores of all prunable weights for the task of ``batches`` (sparc3.tasks.task_batches).
+
+    Args:
+        rule, reduce: as in sparc3.attribute; the reduction of integrated gradients is always signed.
+        progress: called with the number of samples done since the last call.
+
+    Raises:
+        InputError: as sparc3.attribute.
+    """
+    if method not in WEIGHT_METHODS:
+        raise InputError(f"method {method!r} does not score weights; use {' | '.join(WEIGHT_METHODS)}")
+    if method != "integrated-gradients":
+        return attribute(
+            model,
+            batches,
+            method,
+            rule=rule,
+            target=logit_difference,
+            reduce=reduce,
+            seed=seed,
+            progress=progress,
+        )
+    weights = prunable(model)
+    sink = Accumulators(weights, "signed")
+    for batch in batches:
+        for share in _midpoints():
+            with _interpolated(model, batch, share):
+                accumulate(model, [batch], Rule.parse("gradient"), logit_difference, "all", weights, sink)
+        if progress is not None:
+            progress(len(batch["input_ids"]))
+    return Scores(
+        {name: total / _STEPS for name, total in sink.scores().items()},
+        frozenset(name for name, weight in weights.items() if weight.transposed),
+        fingerprint(model, {name: weight.weight for name, weight in weights.items()}),
+        {"method": method, "target": logit_difference.__name__, "reduce": "signed", "steps": _STEPS},
+    )
+
+
+# Components --------------------------------------------------------------------------------------------------------
+
+
+def score_components(
+    model: PreTrainedModel,
+    found: Components,
+    batches: Sequence[Batch],
+    method: str,
+    *,
+    ablation: str = "zero",
+    rule: str | Rule = "attnlrp",
+    reduce: str = "signed",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Scores [n] float64 of components, a mean over samples; see the module's table.
+
+    Args:
+        batches: of sparc3.tasks.task_batches.
+        ablation: zero | patch, what the score stands for.
+        rule: for lrp; CP is welcome here.
+        reduce: signed | abs | square, how lrp, gradient and integrated-gradients are taken over samples.
+        progress: called with the number of samples done since the last call.
+
+    Raises:
+        InputError: unknown method, ablation or reduction, exact ablation of neurons, or scores that are not finite.
+    """
+    check_component_settings(found.unit, method, ablation, reduce)
+    samples = sum(len(batch["input_ids"]) for batch in batches)
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(len(found.names), generator=generator, dtype=torch.float64)
+    if method == "magnitude":
+        return found.gather(_magnitudes(model, found)).cpu()
+    if method == "wanda":
+        return _wanda(model, found, batches, progress)
+    if method == "exact":
+        each = ~torch.eye(len(found.names), dtype=torch.bool)
+        share = samples / (len(batches) * len(each))
+        tell = None if progress is None else lambda _: progress(share)  # type: ignore[arg-type]
+        without = ablated_differences(model, found, batches, list(each), ablation, tell)
+        scores = (differences(model, batches) - without).double().mean(1)
+    else:
+        parsed = Rule.parse(rule if method == "lrp" else "gradient")
+        shares = _midpoints() if method == "integrated-gradients" else [1.0]
+        scores = torch.zeros(len(found.names), dtype=torch.float64)
+        with wrap(model, parsed):
+            for batch in batches:
+                each = _of_batch(model, found, batch, ablation, None if method == "activation" else shares)
+                scores += COMPONENT_REDUCTIONS[reduce](each.double().cpu()) / samples
+                if progress is not None:
+                    progress(len(each))
+    if not scores.isfinite().all():
+        raise InputError("the scores are not finite; the model overflows: run it with --dtype float32")
+    return scores
+
+
+def check_component_settings(unit: str, method: str, ablation: str, reduce: str) -> None:
+    """InputError where ``score_components`` would refuse, whatever the model."""
+    if method not in COMPONENT_METHODS:
+        raise InputError(f"method {method!r} is not known; use {' | '.join(COMPONENT_METHODS)}")
+    if method == "exact" and unit == "neuron":
+        raise InputError(
+            "exact ablation runs the model once for every component, which neurons are too many for; "
+            "use unit head, kv-head, mlp, node or layer"
+        )
+    if ablation not in ABLATIONS:
+        raise InputError(f"ablation {ablation!r} is not known; use {' | '.join(ABLATIONS)}")
+    if reduce not in COMPONENT_REDUCTIONS:
+        raise InputError(
+            f"reduce {reduce!r} is not known for components; use {' | '.join(COMPONENT_REDUCTIONS)}"
+        )
+
+
+def _of_batch(
+    model: PreTrainedModel, found: Components, batch: Batch, ablation: str, shares: Sequence[float] | None
+) -> torch.Tensor:
+    """[B, n]: (x - x') g with g the mean over ``shares`` of the path, or |x - x'| where there are none."""
+    samples = len(batch["input_ids"])
+    change = {name: _wide(x) for name, x in _activations(model, found, batch).items()}
+    if ablation == "patch":
+        other = _activations(model, found, counterpart(batch))
+        change = {name: x - other[name] for name, x in change.items()}
+    if shares is None:
+        real = batch["attention_mask"].reshape(samples, -1, 1)
+        weighted = {name: _by_sample(x.abs(), samples) * real for name, x in change.items()}
+    else:
+        gradients = _gradients(model, found, batch, shares)
+        weighted = {name: _by_sample(x * gradients[name], samples) for name, x in change.items()}
+    return found.gather({name: x.sum(1) for name, x in weighted.items()})
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _by_sample(x: torch.Tensor, samples: int) -> torch.Tensor:
+    """[B, T, channels]; OPT flattens samples and tokens in its MLP."""
+    return x.view(samples, -1, x.shape[-1])
+
+
+def _gradients(
+    model: PreTrainedModel, found: Components, batch: Batch, shares: Sequence[float]
+) -> dict[str, torch.Tensor]:
+    """Mean gradient at each site, fp32, over inputs at these shares of the way from corrupted to clean."""
+    blocks = Blocks(model)
+    total: dict[str, torch.Tensor] = {}
+
+    def add(name: str, gradient: torch.Tensor) -> None:
+        share = _wide(gradient) / len(shares)
+        total[name] = total[name] + share if name in total else share
+
+    def watch(site: Site, x: torch.Tensor) -> None:
+        if x.requires_grad and not blocks.passing_through:
+            x.register_hook(lambda gradient: add(site.name, gradient))
+
+    for share in shares:
+        with _interpolated(model, batch, share), at_sites(found, watch):
+            attribute_batch(blocks, batch, logit_difference)
+    return total
+
+
+def _midpoints() -> list[float]:
+    return [(step + 0.5) / _STEPS for step in range(_STEPS)]
+
+
+@contextmanager
+def _interpolated(model: PreTrainedModel, batch: Batch, share: float) -> Iterator[None]:
+    """Within the context the embedded prompts lie at this share of the way from the corrupted to the clean ones."""
+    if share == 1:
+        yield
+        return
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        corrupted = module.forward(batch["corrupted_ids"])
+        return torch.lerp(corrupted, output, share)
+
+    handle = model.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _magnitudes(model: PreTrainedModel, found: Components, makers: bool = True) -> dict[str, torch.Tensor]:
+    """{site: [channels] float64}: sum of |W| of what reads a channel and, with ``makers``, of what makes it."""
+    weights = {weight.module: weight for weight in prunable(model).values()}
+    sums = {}
+    for site in found.sites:
+        reader = weights[site.module]
+        total = reader.canonical(reader.weight).detach().double().abs().sum(0)
+        for maker in site.makers if makers else ():
+            rows = maker.canonical(maker.weight).detach().double().abs().sum(1)
+            total += rows.view(-1, len(total)).sum(0)
+        sums[site.name] = total
+    return sums
+
+
+def _wanda(
+    model: PreTrainedModel, found: Components, batches: Sequence[Batch], progress: Progress | None
+) -> torch.Tensor:
+    squares: Mapping[str, torch.Tensor] = {
+        site.name: torch.zeros(len(site.component), dtype=torch.float64, device=site.component.device)
+        for site in found.sites
+    }
+    with frozen(model):
+        for batch in batches:
+            real = batch["attention_mask"].reshape(-1, 1)
+            for name, x in _activations(model, found, batch).items():
+                squares[name].add_((x.reshape(-1, x.shape[-1]).double().square() * real).sum(0))
+            if progress is not None:
+                progress(len(batch["input_ids"]))
+    sums = _magnitudes(model, found, makers=False)
+    return found.gather({name: squares[name].sqrt() * total for name, total in sums.items()}).cpu()
