@@ -203,18 +203,21 @@ def _row(label: str, settings: dict, pattern: str, seed: int, result: Perplexity
     }
 
 
-def run_tables(model_name: str, samples: int) -> dict:
+def run_tables(model_name: str, samples: int) -> Iterator[dict]:
     """Both tables of scores: one calibration seed, development text."""
     study = Study(model_name, held_out=False)
     results = run_cases(study, SCORES + PART_CASES, PATTERNS, 0, samples)
     for method in BASELINES:
         patterns = ("row", "2:4") if method != "magnitude" else ("row", "2:4", "global")
         results += [run_method(study, method, pattern, 0, samples) for pattern in patterns]
-    return _file(study, model_name, "development", samples, results)
+    yield _file(study, model_name, "development", samples, results)
 
 
-def run_defaults(model_name: str, samples: int, seeds: int) -> dict:
-    """The defaults, gradient with the same target and reduction, and the baselines; held-out text."""
+def run_defaults(model_name: str, samples: int, seeds: int) -> Iterator[dict]:
+    """The defaults, gradient with the same target and reduction, and the baselines; held-out text.
+
+    Yields what is measured so far after each seed.
+    """
     study = Study(model_name, held_out=True)
     results = []
     for seed in range(seeds):
@@ -223,7 +226,7 @@ def run_defaults(model_name: str, samples: int, seeds: int) -> dict:
         for method in BASELINES:
             if method != "magnitude" or seed == 0:
                 results += [run_method(study, method, pattern, seed, samples) for pattern in PATTERNS[:2]]
-    return _file(study, model_name, "held-out", samples, results) | {"defaults": DEFAULTS}
+        yield _file(study, model_name, "held-out", samples, results) | {"defaults": DEFAULTS}
 
 
 def run_default_scores(study: Study, method: str, seed: int, samples: int) -> list[dict]:
@@ -270,7 +273,8 @@ def markdown(data: dict) -> str:
     lines = [
         f"### {data['model']} ({data['note']}), {data['text']} text\n",
         f"Dense {data['dense']:.2f}; {data['calibration']['windows']} calibration windows, judged on "
-        f"{data['judged']['windows']} windows of {LENGTH} tokens.\n",
+        f"{data['judged']['windows']} windows of {LENGTH} tokens, "
+        f"calibration seeds {sorted({row['seed'] for row in results})}.\n",
         "| score | " + " | ".join(PATTERNS) + " |\n|---|" + "---|" * len(PATTERNS),
     ]
     for label in dict.fromkeys(row["label"] for row in results):
@@ -324,10 +328,11 @@ def main(
     }
     for name in model or ["smollm2", "gemma3"]:
         console.print(f"{name}:")
-        data = {"study": study, "versions": versions(), **run[study](name)}
         target = RESULTS / f"quality-{study}-{Path(name).name}.json"
-        target.write_text(json.dumps(data) + "\n")
-        target.with_suffix(".md").write_text(markdown(data))
+        for found in run[study](name):
+            data = {"study": study, "versions": versions(), **found}
+            target.write_text(json.dumps(data) + "\n")
+            target.with_suffix(".md").write_text(markdown(data))
         Console(width=140).print(markdown(data), markup=False)
 
 
