@@ -1,4 +1,4 @@
-"""The command line: prune (sparc3.cli_prune), explain (sparc3.cli_explain), evaluate, mask (sparc3.cli_mask), info.
+"""The command line: prune, circuit and explain (sparc3.cli_*), evaluate, mask (sparc3.cli_mask), info.
 
 Everything heavy is imported inside the commands, so that --help and --version answer at once.
 """
@@ -11,11 +11,12 @@ import typer
 from rich.table import Table
 
 import sparc3
-from sparc3 import cli_explain, cli_mask, cli_prune, console
+from sparc3 import cli_circuit, cli_explain, cli_mask, cli_prune, console
 from sparc3.console import AsJson, Device, Dtype, Length, Text
 
 app = typer.Typer(cls=console.Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(cli_prune.prune)
+app.command()(cli_circuit.circuit)
 app.command()(cli_explain.explain)
 
 

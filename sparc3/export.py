@@ -75,9 +75,11 @@ def check_new(path: str | Path, force: bool = False) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file, not a folder; give another --out")
     # --force is for what this wrote before, not for a home folder.
-    if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
+    ours = any((path / name).is_file() for name in ("config.json", "report.json"))
+    if path.exists() and any(path.iterdir()) and not ours:
         raise InputError(
-            f"{path} holds no model (no config.json), so --force does not replace it; remove it yourself"
+            f"{path} holds no model or report (no config.json, no report.json), so --force does not replace it; "
+            "remove it yourself"
         )
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; make it first")

@@ -28,6 +28,9 @@ _COLOURS = {
     "wanda": "#30638e",
     "magnitude": "#7a7a7a",
     "random": "#b8b8b8",
+    "integrated-gradients": "#8d6a9f",
+    "activation": "#6a994e",
+    "exact": "#000000",
 }
 
 
@@ -169,6 +172,42 @@ def plot_perplexity(results: Sequence[dict[str, Any]], path: str | Path, title: 
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("weights pruned")
     axes.set_ylabel("perplexity on held-out text (log scale)")
+    axes.set_title(title)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_faithfulness(
+    curves: dict[str, Sequence[tuple[float, float]]], path: str | Path, title: str, kept: str
+) -> None:
+    """Faithfulness against the share kept, one line a method, 0 and 1 dashed; format by the path's ending.
+
+    Args:
+        curves: {method: [(share, faithfulness), ...]}.
+        kept: what is kept, for the axis, as "weights".
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for method, points in sorted(curves.items(), key=lambda item: item[0] == "lrp"):
+        leading = method == "lrp"
+        axes.plot(
+            *zip(*sorted(points), strict=True),
+            marker="o",
+            markersize=5 if leading else 3.5,
+            linewidth=2.6 if leading else 1.4,
+            color=_COLOURS.get(method),
+            label=method,
+        )
+    for level, name in ((1.0, "whole model"), (0.0, "all ablated")):
+        axes.axhline(level, color="black", linewidth=1, linestyle="--" if level else ":", label=name)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel(f"{kept} kept (log scale)")
+    axes.set_ylabel("faithfulness on held-out examples")
     axes.set_title(title)
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)

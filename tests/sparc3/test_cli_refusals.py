@@ -65,7 +65,7 @@ TEXT = ("--text", "train.txt")
         ("train.txt exists", ("--out", "train.txt")),
         ("train.txt is a file", ("--out", "train.txt", "--force")),
         (
-            "there holds no model (no config.json), so --force does not replace it",
+            "there holds no model or report (no config.json, no report.json), so --force does not replace it",
             ("--out", "there", "--force"),
         ),
     ],

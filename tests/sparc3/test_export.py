@@ -156,7 +156,7 @@ def test_an_existing_folder_is_refused_and_force_replaces_it(tmp_path):
     before, model = contents(out), build("llama")
     with pytest.raises(InputError, match=r"out exists; give another --out, or --force to replace it"):
         save_pretrained(model, None, out)
-    with pytest.raises(InputError, match=r"out holds no model .* --force does not replace it"):
+    with pytest.raises(InputError, match=r"out holds no model or report .* --force does not replace it"):
         save_pretrained(model, None, out, force=True)
     assert contents(out) == before
     (out / "config.json").write_text("{}")
