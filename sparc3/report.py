@@ -188,7 +188,6 @@ def plot_faithfulness(
         kept: what is kept, for the axis, as "weights".
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -205,7 +204,7 @@ def plot_faithfulness(
     for level, name in ((1.0, "whole model"), (0.0, "all ablated")):
         axes.axhline(level, color="black", linewidth=1, linestyle="--" if level else ":", label=name)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     axes.set_xlabel(f"{kept} kept (log scale)")
     axes.set_ylabel("faithfulness on held-out examples")
     axes.set_title(title)
