@@ -17,7 +17,7 @@ DEMO := build/demo
 
 demo: $(VENV)/demo.stamp
 	@mkdir -p build
-	$(BIN)/sparc3 prune tiny-llama --out $(DEMO) --force \
+	$(BIN)/sparc3 prune tiny-llama --pattern global --out $(DEMO) --force \
 		--compare lrp,gradient,ria,wanda,magnitude,random --sparsities 0.3,0.4,0.5,0.6,0.7
 
 test: $(VENV)/dev.stamp lint $(FLOOR_DIR)/stamp
