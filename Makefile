@@ -32,7 +32,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 bench: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-json=build/bench.json
+	$(BIN)/python -m pytest $(wildcard bench/bench_*.py) --benchmark-enable --benchmark-json=build/bench.json
 	$(BIN)/python bench/ratios.py build/bench.json
 
 clean:

@@ -155,17 +155,7 @@ def plot_perplexity(results: Sequence[dict[str, Any]], path: str | Path, title: 
     methods = dict.fromkeys(row["method"] for row in results)
     for method in sorted(methods, key=lambda name: name == "lrp"):
         points = sorted((row["sparsity"], row["perplexity"]) for row in results if row["method"] == method)
-        x, y = zip(*[(0.0, dense), *points], strict=True)
-        leading = method == "lrp"
-        axes.plot(
-            x,
-            y,
-            marker="o",
-            markersize=5 if leading else 3.5,
-            linewidth=2.6 if leading else 1.4,
-            color=_COLOURS.get(method),
-            label=method,
-        )
+        _draw_line(axes, method, [(0.0, dense), *points])
     axes.axhline(dense, color="black", linewidth=1, linestyle="--", label=f"dense ({dense:.3g})")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -176,6 +166,18 @@ def plot_perplexity(results: Sequence[dict[str, Any]], path: str | Path, title: 
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def _draw_line(axes: Any, method: str, points: Sequence[tuple[float, float]]) -> None:
+    leading = method == "lrp"
+    axes.plot(
+        *zip(*points, strict=True),
+        marker="o",
+        markersize=5 if leading else 3.5,
+        linewidth=2.6 if leading else 1.4,
+        color=_COLOURS.get(method),
+        label=method,
+    )
 
 
 def plot_faithfulness(
@@ -192,15 +194,7 @@ def plot_faithfulness(
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
     for method, points in sorted(curves.items(), key=lambda item: item[0] == "lrp"):
-        leading = method == "lrp"
-        axes.plot(
-            *zip(*sorted(points), strict=True),
-            marker="o",
-            markersize=5 if leading else 3.5,
-            linewidth=2.6 if leading else 1.4,
-            color=_COLOURS.get(method),
-            label=method,
-        )
+        _draw_line(axes, method, sorted(points))
     for level, name in ((1.0, "whole model"), (0.0, "all ablated")):
         axes.axhline(level, color="black", linewidth=1, linestyle="--" if level else ":", label=name)
     axes.set_xscale("log")
