@@ -1,7 +1,17 @@
 """SparC3's kernels: each op has a plain-torch reference and, where they fit, Triton, C++ or CUDA versions."""
 
 from sparc3_kernels.backend import BackendError, backend, info
+from sparc3_kernels.bitmap import bitmap_linear, check_bitmap, pack_bitmap, unpack_bitmap
+from sparc3_kernels.csr import (
+    bitmap_to_csr_indices,
+    check_csr,
+    csr_linear,
+    csr_to_bitmap_bits,
+    pack_csr,
+    unpack_csr,
+)
 from sparc3_kernels.native import NativeError, get_cmake_dir, get_include
+from sparc3_kernels.nm import check_nm, nm_linear, pack_nm, unpack_nm
 from sparc3_kernels.select import (
     apply_bits_,
     count_bits,
@@ -21,14 +31,28 @@ __all__ = [
     "accumulate_weight_relevance_",
     "apply_bits_",
     "backend",
+    "bitmap_linear",
+    "bitmap_to_csr_indices",
+    "check_bitmap",
+    "check_csr",
+    "check_nm",
     "count_bits",
+    "csr_linear",
+    "csr_to_bitmap_bits",
     "get_cmake_dir",
     "get_include",
     "info",
+    "nm_linear",
+    "pack_bitmap",
     "pack_bits",
+    "pack_csr",
+    "pack_nm",
     "select_flat",
     "select_nm",
     "select_rows",
     "select_stream",
+    "unpack_bitmap",
     "unpack_bits",
+    "unpack_csr",
+    "unpack_nm",
 ]

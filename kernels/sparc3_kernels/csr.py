@@ -1,0 +1,206 @@
+"""CSR with short column indices, the format for more than about 92 % of pruned weights.
+
+A weight [rows, columns] is
+
+    indices  [nnz]              the column of each value: uint16 where columns <= 65536, else int32
+    values   [nnz]              the kept values, row by row, columns ascending
+    offsets  int64 [rows + 1]   values[offsets[r]:offsets[r + 1]] is row r, offsets[rows] = nnz
+
+A weight is kept if it is not zero. What is kept comes back bit by bit, everything else as +0. Values and offsets are
+those of the bitmap format, so that converting between the two makes indices or bits and nothing else.
+
+csr_linear is y = x W^T + bias. Pruned weights do not multiply: an infinite input meets only the kept ones.
+"""
+
+import torch
+from torch import Tensor
+
+from sparc3_kernels.bitmap import check_bitmap
+from sparc3_kernels.packed import (
+    check_input,
+    check_lists,
+    check_offsets,
+    check_weight,
+    dynamic_length,
+    row_offsets,
+)
+from sparc3_kernels.select import pack_bits, unpack_bits
+
+
+def pack_csr_reference(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain torch `pack_csr`, on any device."""
+    kept = weight != 0
+    indices = kept.nonzero()[:, 1].to(index_dtype(weight.shape[1]))
+    return indices, weight[kept], row_offsets(kept)
+
+
+def unpack_csr_reference(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> Tensor:
+    """Plain torch `unpack_csr`, on any device."""
+    check_csr(indices, values, offsets, columns)
+    rows = _rows_of(offsets)
+    weight = values.new_zeros(offsets.numel() - 1, columns)
+    weight[rows, indices.to(torch.int64)] = values
+    return weight
+
+
+def csr_linear_reference(
+    x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Plain torch `csr_linear`: unpack and multiply."""
+    weight = unpack_csr_reference(indices, values, offsets, x.shape[-1])
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+torch.library.define("sparc3::pack_csr", "(Tensor weight) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    "sparc3::unpack_csr", "(Tensor indices, Tensor values, Tensor offsets, int columns) -> Tensor"
+)
+torch.library.define(
+    "sparc3::csr_linear",
+    "(Tensor x, Tensor indices, Tensor values, Tensor offsets, Tensor? bias=None) -> Tensor",
+)
+
+
+@torch.library.impl("sparc3::pack_csr", "default")
+def _pack_csr(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_weight(weight)
+    return pack_csr_reference(weight)
+
+
+@torch.library.impl("sparc3::unpack_csr", "default")
+def _unpack_csr(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> Tensor:
+    _check_shapes(indices, values, offsets, columns)
+    return unpack_csr_reference(indices, values, offsets, columns)
+
+
+@torch.library.impl("sparc3::csr_linear", "default")
+def _csr_linear(
+    x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    check_input(x, None, offsets.numel() - 1, values, bias)
+    _check_shapes(indices, values, offsets, x.shape[-1])
+    return csr_linear_reference(x, indices, values, offsets, bias)
+
+
+@torch.library.register_fake("sparc3::pack_csr")
+def _fake_pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = weight.shape
+    values = dynamic_length(weight)
+    return (
+        values.new_empty(values.shape, dtype=index_dtype(columns)),
+        values,
+        weight.new_empty(rows + 1, dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("sparc3::unpack_csr")
+def _fake_unpack(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> Tensor:
+    return values.new_empty(offsets.shape[0] - 1, columns)
+
+
+@torch.library.register_fake("sparc3::csr_linear")
+def _fake_linear(
+    x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], offsets.shape[0] - 1)
+
+
+def pack_csr(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pack `weight` [rows, columns] (fp32, bf16 or fp16; fp64 on the reference).
+
+    Returns:
+        (indices, values, offsets) as the module describes them, on the device of `weight`.
+
+    Raises:
+        ValueError: `weight` is not a float matrix.
+    """
+    return torch.ops.sparc3.pack_csr(weight)
+
+
+def unpack_csr(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> Tensor:
+    """Return the weight [rows, columns] that was packed, zeros as +0.
+
+    Raises:
+        ValueError: what `check_csr` finds.
+    """
+    return torch.ops.sparc3.unpack_csr(indices, values, offsets, columns)
+
+
+def csr_linear(
+    x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """y = x W^T + bias without unpacking W where that is faster.
+
+    Args:
+        x: [..., columns], dtype and device of `values`.
+        indices, values, offsets: W [rows, columns] as `pack_csr` returns it.
+        bias: [rows], dtype of `x`, or None.
+
+    Returns:
+        y [..., rows], dtype of `x`; products are summed up in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, or what `check_csr` finds.
+    """
+    return torch.ops.sparc3.csr_linear(x, indices, values, offsets, bias)
+
+
+def check_csr(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> None:
+    """Check that three tensors are a CSR weight with `columns` columns.
+
+    Raises:
+        ValueError: wrong shapes or dtypes; offsets that do not climb from 0 to nnz; a row whose columns do not
+            ascend below `columns`. The message names the tensor and the row.
+    """
+    _check_shapes(indices, values, offsets, columns)
+    check_offsets(values, offsets)
+    rows, column = _rows_of(offsets), indices.to(torch.int64)
+    wrong = (column < 0) | (column >= columns)
+    wrong[1:] |= (column.diff() <= 0) & (rows.diff() == 0)
+    if bool(wrong.any()):
+        place = int(wrong.to(torch.uint8).argmax())
+        raise ValueError(
+            f"indices of row {int(rows[place])} are not ascending below {columns}: column {int(column[place])} "
+            f"as value {place - int(offsets[rows[place]])} of the row"
+        )
+
+
+def bitmap_to_csr_indices(bits: Tensor, values: Tensor, offsets: Tensor, columns: int) -> Tensor:
+    """Return the CSR indices of a bitmap; values and offsets stay as they are. Raises what `check_bitmap` finds."""
+    check_bitmap(bits, values, offsets, columns)
+    kept = unpack_bits(bits, (bits.shape[0], bits.shape[1] * 8))
+    return kept.nonzero()[:, 1].to(index_dtype(columns))
+
+
+def csr_to_bitmap_bits(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> Tensor:
+    """Return the bits of a CSR weight; values and offsets stay as they are. Raises what `check_csr` finds."""
+    check_csr(indices, values, offsets, columns)
+    rows = offsets.numel() - 1
+    kept = torch.zeros(rows, (columns + 31) // 32 * 32, dtype=torch.bool, device=values.device)
+    kept[_rows_of(offsets), indices.to(torch.int64)] = True
+    return pack_bits(kept).view(rows, (columns + 31) // 32 * 4)
+
+
+def index_dtype(columns: int) -> torch.dtype:
+    """uint16 where it can count `columns` columns, else int32."""
+    return torch.uint16 if columns <= 1 << 16 else torch.int32
+
+
+def _rows_of(offsets: Tensor) -> Tensor:
+    """The row of each value, int64 [nnz]."""
+    rows = torch.arange(offsets.numel() - 1, device=offsets.device)
+    return rows.repeat_interleave(offsets.diff())
+
+
+def _check_shapes(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> None:
+    check_lists(values, offsets)
+    if columns < 0 or indices.dtype != index_dtype(columns) or indices.shape != values.shape:
+        raise ValueError(
+            f"indices of {values.numel()} values in {columns} columns are {index_dtype(columns)} "
+            f"[{values.numel()}], got {indices.dtype} {list(indices.shape)}"
+        )
+    if not indices.device == values.device == offsets.device:
+        raise ValueError(
+            "indices, values and offsets must share a device, got "
+            f"{indices.device}, {values.device}, {offsets.device}"
+        )

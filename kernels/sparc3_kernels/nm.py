@@ -1,0 +1,207 @@
+"""N:M: at most N nonzero weights in every M consecutive ones of a row, M <= 16; 2:4 and 4:8 are the common ones.
+
+A weight [rows, columns] is
+
+    values   [rows, columns N / M]    exactly N values a group, in ascending column order
+    indices  uint8 [rows, ceil(columns N / M * width / 8)]
+                                      the place of each value within its group; width = 2 bits for M <= 4, else 4,
+                                      the first one in the lowest bits; each row starts at a byte, padding bits 0
+
+A group with fewer than N nonzeros is filled up with +0 at its first free places. Nonzeros come back bit by bit,
+zeros as +0. The layout belongs to no GPU or library; 2:4 in bf16 takes 0.5625 of the dense bytes.
+
+nm_linear is y = x W^T + bias.
+"""
+
+import torch
+from torch import Tensor
+
+from sparc3_kernels.packed import FLOATS, check_input, check_weight
+
+
+def pack_nm_reference(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """Plain torch `pack_nm`, on any device."""
+    rows, columns = weight.shape
+    groups = weight.reshape(rows, columns // m, m)
+    zero = groups == 0
+    count = m - zero.sum(dim=2)
+    if bool((count > n).any()):
+        row, group = divmod(int((count > n).reshape(-1).to(torch.uint8).argmax()), columns // m)
+        raise ValueError(
+            f"the weight is not {n}:{m}: row {row}, columns {group * m} to {group * m + m - 1} hold "
+            f"{int(count[row, group])} nonzeros"
+        )
+    # Nonzeros first, then zeros, both in column order; the first n of them in column order again.
+    places = zero.to(torch.uint8).sort(dim=2, stable=True).indices[..., :n].sort(dim=2).values
+    values = groups.masked_fill(zero, 0).gather(2, places)
+    return values.view(rows, columns // m * n), _pack_places(places.view(rows, columns // m * n), _width(m))
+
+
+def unpack_nm_reference(values: Tensor, indices: Tensor, n: int, m: int) -> Tensor:
+    """Plain torch `unpack_nm`, on any device."""
+    check_nm(values, indices, n, m)
+    rows, groups = values.shape[0], values.shape[1] // n
+    places = _unpack_places(indices, values.shape[1], _width(m)).view(rows, groups, n)
+    weight = values.new_zeros(rows, groups, m)
+    return weight.scatter_(2, places.long(), values.view(rows, groups, n)).view(rows, groups * m)
+
+
+def nm_linear_reference(
+    x: Tensor, values: Tensor, indices: Tensor, n: int, m: int, bias: Tensor | None
+) -> Tensor:
+    """Plain torch `nm_linear`: unpack and multiply."""
+    return torch.nn.functional.linear(x, unpack_nm_reference(values, indices, n, m), bias)
+
+
+torch.library.define("sparc3::pack_nm", "(Tensor weight, int n, int m) -> (Tensor, Tensor)")
+torch.library.define("sparc3::unpack_nm", "(Tensor values, Tensor indices, int n, int m) -> Tensor")
+torch.library.define(
+    "sparc3::nm_linear",
+    "(Tensor x, Tensor values, Tensor indices, int n, int m, Tensor? bias=None) -> Tensor",
+)
+
+
+@torch.library.impl("sparc3::pack_nm", "default")
+def _pack_nm(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    check_weight(weight)
+    _check_pattern(n, m)
+    if weight.shape[1] % m:
+        raise ValueError(f"{n}:{m} does not divide a row of {weight.shape[1]} weights; choose an M that does")
+    return pack_nm_reference(weight, n, m)
+
+
+@torch.library.impl("sparc3::unpack_nm", "default")
+def _unpack_nm(values: Tensor, indices: Tensor, n: int, m: int) -> Tensor:
+    _check_shapes(values, indices, n, m)
+    return unpack_nm_reference(values, indices, n, m)
+
+
+@torch.library.impl("sparc3::nm_linear", "default")
+def _nm_linear(
+    x: Tensor, values: Tensor, indices: Tensor, n: int, m: int, bias: Tensor | None = None
+) -> Tensor:
+    _check_shapes(values, indices, n, m)
+    check_input(x, values.shape[1] // n * m, values.shape[0], values, bias)
+    return nm_linear_reference(x, values, indices, n, m, bias)
+
+
+@torch.library.register_fake("sparc3::pack_nm")
+def _fake_pack(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    rows, kept = weight.shape[0], weight.shape[1] // m * n
+    indices = weight.new_empty((rows, (kept * _width(m) + 7) // 8), dtype=torch.uint8)
+    return weight.new_empty(rows, kept), indices
+
+
+@torch.library.register_fake("sparc3::unpack_nm")
+def _fake_unpack(values: Tensor, indices: Tensor, n: int, m: int) -> Tensor:
+    return values.new_empty(values.shape[0], values.shape[1] // n * m)
+
+
+@torch.library.register_fake("sparc3::nm_linear")
+def _fake_linear(
+    x: Tensor, values: Tensor, indices: Tensor, n: int, m: int, bias: Tensor | None = None
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def pack_nm(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """Pack `weight` [rows, columns] (fp32, bf16 or fp16; fp64 on the reference), which must be N:M already.
+
+    Returns:
+        (values, indices) as the module describes them, on the device of `weight`.
+
+    Raises:
+        ValueError: `weight` is not a float matrix, M does not divide its rows, a group has more than N nonzeros
+            (the message names the first one), or not 1 <= N <= M <= 16.
+    """
+    return torch.ops.sparc3.pack_nm(weight, n, m)
+
+
+def unpack_nm(values: Tensor, indices: Tensor, n: int, m: int) -> Tensor:
+    """Return the weight [rows, columns] that was packed, zeros as +0.
+
+    Raises:
+        ValueError: what `check_nm` finds.
+    """
+    return torch.ops.sparc3.unpack_nm(values, indices, n, m)
+
+
+def nm_linear(
+    x: Tensor, values: Tensor, indices: Tensor, n: int, m: int, bias: Tensor | None = None
+) -> Tensor:
+    """y = x W^T + bias without unpacking W where that is faster.
+
+    Args:
+        x: [..., columns], dtype and device of `values`.
+        values, indices: W [rows, columns] as `pack_nm` returns it.
+        n, m: the pattern W was packed with.
+        bias: [rows], dtype of `x`, or None.
+
+    Returns:
+        y [..., rows], dtype of `x`; products are summed up in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, or what `check_nm` finds.
+    """
+    return torch.ops.sparc3.nm_linear(x, values, indices, n, m, bias)
+
+
+def check_nm(values: Tensor, indices: Tensor, n: int, m: int) -> None:
+    """Check that two tensors are an N:M weight.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, or a group whose places are not ascending below M. The message names
+            the row and the group.
+    """
+    _check_shapes(values, indices, n, m)
+    rows, kept = values.shape
+    places = _unpack_places(indices, kept, _width(m)).view(rows, kept // n, n)
+    wrong = (places >= m).any(dim=2) | (places[..., 1:] <= places[..., :-1]).any(dim=2)
+    if bool(wrong.any()):
+        row, group = divmod(int(wrong.reshape(-1).to(torch.uint8).argmax()), kept // n)
+        raise ValueError(
+            f"indices of row {row}, group {group} are {places[row, group].tolist()}, not ascending below {m}"
+        )
+
+
+def _width(m: int) -> int:
+    """Bits of one index."""
+    return 2 if m <= 4 else 4
+
+
+def _pack_places(places: Tensor, width: int) -> Tensor:
+    """Pack places [rows, kept] into uint8 [rows, ceil(kept * width / 8)], the first in the lowest bits."""
+    each = 8 // width
+    padded = torch.nn.functional.pad(places.to(torch.uint8), (0, -places.shape[1] % each))
+    shift = torch.arange(0, 8, width, dtype=torch.uint8, device=places.device)
+    return (padded.view(places.shape[0], padded.shape[1] // each, each) << shift).sum(
+        dim=2, dtype=torch.uint8
+    )
+
+
+def _unpack_places(indices: Tensor, kept: int, width: int) -> Tensor:
+    shift = torch.arange(0, 8, width, dtype=torch.uint8, device=indices.device)
+    places = (indices[..., None] >> shift) & ((1 << width) - 1)
+    return places.reshape(indices.shape[0], indices.shape[1] * (8 // width))[:, :kept]
+
+
+def _check_pattern(n: int, m: int) -> None:
+    if not 1 <= n <= m <= 16:
+        raise ValueError(f"{n}:{m} needs 1 <= N <= M <= 16")
+
+
+def _check_shapes(values: Tensor, indices: Tensor, n: int, m: int) -> None:
+    _check_pattern(n, m)
+    if values.dim() != 2 or values.dtype not in FLOATS or values.shape[1] % n:
+        raise ValueError(
+            f"values of a {n}:{m} weight are floats [rows, a multiple of {n}], got {values.dtype} "
+            f"{list(values.shape)}"
+        )
+    expected = [values.shape[0], (values.shape[1] * _width(m) + 7) // 8]
+    if indices.dtype != torch.uint8 or list(indices.shape) != expected:
+        raise ValueError(
+            f"indices of {list(values.shape)} values are uint8 {expected}, got {indices.dtype} "
+            f"{list(indices.shape)}"
+        )
+    if values.device != indices.device:
+        raise ValueError(f"values and indices must share a device, got {values.device} and {indices.device}")

@@ -1,0 +1,63 @@
+"""What the packed formats (bitmap, N:M, CSR) share: checks of shapes and row offsets, and words for what is wrong."""
+
+import torch
+from torch import Tensor
+
+# Both zeros read as "not kept", so that a weight of -0 comes back as +0 from every format.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise ValueError unless `weight` is a float matrix."""
+    if weight.dim() != 2 or weight.dtype not in FLOATS:
+        raise ValueError(
+            f"only a float matrix can be packed, not {weight.dtype} of shape {tuple(weight.shape)}"
+        )
+
+
+def check_input(x: Tensor, columns: int | None, rows: int, values: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError unless x [..., columns] and bias [rows] fit the packed `values`; None: any columns."""
+    if x.dim() < 1 or (columns is not None and x.shape[-1] != columns):
+        raise ValueError(f"x is [..., {columns}], got shape {tuple(x.shape)}")
+    if x.dtype != values.dtype or x.device != values.device:
+        raise ValueError(
+            f"x and the packed weight must share dtype and device, got {x.dtype} on {x.device} and "
+            f"{values.dtype} on {values.device}"
+        )
+    if bias is not None and (bias.shape != (rows,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(
+            f"bias is {x.dtype} [{rows}] on {x.device}, got {bias.dtype} {list(bias.shape)} on {bias.device}"
+        )
+
+
+def check_lists(values: Tensor, offsets: Tensor) -> None:
+    """Raise ValueError unless values [nnz] and offsets [rows + 1] have the right shapes and dtypes."""
+    if values.dim() != 1 or values.dtype not in FLOATS:
+        raise ValueError(f"values are floats [nnz], got {values.dtype} {list(values.shape)}")
+    if offsets.dim() != 1 or offsets.dtype != torch.int64 or offsets.numel() == 0:
+        raise ValueError(f"offsets are int64 [rows + 1], got {offsets.dtype} {list(offsets.shape)}")
+
+
+def check_offsets(values: Tensor, offsets: Tensor) -> None:
+    """Raise ValueError unless the offsets climb from 0 to the number of values."""
+    if first := int(offsets[0]):
+        raise ValueError(f"offsets start at {first}, not at 0")
+    falls = offsets.diff() < 0
+    if bool(falls.any()):
+        row = int(falls.to(torch.uint8).argmax())
+        raise ValueError(
+            f"offsets are out of order: {int(offsets[row])} at row {row}, {int(offsets[row + 1])} at row {row + 1}"
+        )
+    if (last := int(offsets[-1])) != values.numel():
+        raise ValueError(f"offsets end at {last}, but there are {values.numel()} values (a truncated file?)")
+
+
+def row_offsets(kept: Tensor) -> Tensor:
+    """int64 [rows + 1] from a bool matrix: where the values of each row start, the total last."""
+    return torch.nn.functional.pad(kept.sum(dim=1, dtype=torch.int64).cumsum(0), (1, 0))
+
+
+def dynamic_length(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A fake 1-D tensor whose length depends on the data."""
+    length = torch.library.get_ctx().new_dynamic_size()
+    return like.new_empty(length, dtype=dtype or like.dtype)
