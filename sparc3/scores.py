@@ -69,15 +69,37 @@ class Scores:
 
 
 class Accumulators:
-    """One fp32 accumulator a weight, filled in the backward of each linear (a sparc3.autograd.WeightSink)."""
+    """One fp32 accumulator a weight, filled in the backward of each linear (a sparc3.autograd.WeightSink).
 
-    def __init__(self, weights: Mapping[str, Prunable], reduce: str, skip_first: bool = False) -> None:
+    Args:
+        held: the weights that have their accumulators now; None: all of them.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Prunable],
+        reduce: str,
+        skip_first: bool = False,
+        held: Sequence[str] | None = None,
+    ) -> None:
         self.weights, self.reduce, self.skip_first = weights, reduce, skip_first
         self.samples = 1
-        self.sums = {
-            name: torch.zeros_like(weight.canonical(weight.weight), dtype=torch.float32).contiguous()
-            for name, weight in weights.items()
-        }
+        self.sums: dict[str, torch.Tensor] = {}
+        self.hold(list(weights) if held is None else held)
+
+    def hold(self, names: Sequence[str]) -> None:
+        """Give these weights accumulators of zeros."""
+        for name in names:
+            weight = self.weights[name]
+            self.sums[name] = torch.zeros_like(
+                weight.canonical(weight.weight), dtype=torch.float32
+            ).contiguous()
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """``scores`` of what is held, which is held no more."""
+        found = self.scores()
+        self.sums = {}
+        return found
 
     def linear(self, name: str, g: torch.Tensor, x: torch.Tensor) -> None:
         if self.skip_first:
@@ -236,11 +258,16 @@ def accumulate(
         for batch in samples:
             sink.start(batch)
             value, _, _ = attribute_batch(blocks, batch, target, positions, memory)
-            if not torch.isfinite(value).all():
-                row = int(torch.nonzero(~torch.isfinite(value))[0])
-                raise InputError(f"the explained scalar of sample {row} of a batch is {value[row].item()}")
+            check_explained(value)
             if progress is not None:
                 progress(len(batch["input_ids"]))
+
+
+def check_explained(value: torch.Tensor) -> None:
+    """InputError where one of the explained scalars [B] is not finite."""
+    if not torch.isfinite(value).all():
+        row = int(torch.nonzero(~torch.isfinite(value))[0])
+        raise InputError(f"the explained scalar of sample {row} of a batch is {value[row].item()}")
 
 
 def as_batches(model: PreTrainedModel, samples: torch.Tensor | Sequence[Batch]) -> list[Batch]:

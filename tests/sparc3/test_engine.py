@@ -8,7 +8,16 @@ from oracle import residual_gradients, weight_gradients
 from tiny import VOCABULARY, batch, build, singles
 
 from sparc3 import engine
-from sparc3.engine import Blocks, attribute_batch, free_memory, target_gradient
+from sparc3.boundaries import InMemory, OnDisk
+from sparc3.engine import (
+    GRADIENT,
+    Blocks,
+    Resume,
+    attribute_batch,
+    attribute_batches,
+    free_memory,
+    target_gradient,
+)
 from sparc3.errors import InputError
 from sparc3.families import prunable
 from sparc3.rules import Rule
@@ -210,3 +219,128 @@ def test_a_scalar_that_is_not_finite_is_an_error_with_its_row():
 
 def test_free_memory_is_in_bytes():
     assert 1 << 20 < free_memory(torch.device("cpu")) < 1 << 50
+
+
+class Recorder:
+    """A visitor that tells the sink of batches, and keeps the order of what it was told."""
+
+    def __init__(self, sink, inputs):
+        self.sink, self.inputs, self.told, self.values = sink, inputs, [], []
+
+    def batch(self, number):
+        self.sink.start(self.inputs[number])
+        self.told.append(number)
+
+    def explained(self, number, value):
+        self.values.append(value)
+
+    def enter(self, index):
+        self.told.append(f"enter {index}")
+
+    def done(self, index):
+        self.told.append(f"done {index}")
+
+
+def by_block(model, inputs, boundaries, spacing=None, resume=None):
+    weights = prunable(model)
+    sink = Accumulators(weights, "abs")
+    visitor = Recorder(sink, inputs)
+    with wrap(model, Rule(), weights, sink):
+        attribute_batches(
+            Blocks(model),
+            inputs,
+            "logprob",
+            boundaries=boundaries,
+            spacing=spacing,
+            memory=0,
+            visitor=visitor,
+            resume=resume,
+        )
+    return sink.sums, visitor
+
+
+@pytest.mark.parametrize("spacing", [None, 1, 2, 3, 5])
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_layer_by_layer_gives_the_bits_of_batch_by_batch(place, spacing, tmp_path):
+    model = build("llama", num_hidden_layers=5)
+    inputs = [batch(), batch(2, 7, padding=False, seed=2)]
+    weights = prunable(model)
+    expected = Accumulators(weights, "abs")
+    accumulate(model, inputs, Rule(), "logprob", "all", weights, expected)
+    boundaries = InMemory() if place == "memory" else OnDisk(tmp_path)
+    sums, visitor = by_block(model, inputs, boundaries, spacing)
+    for name in weights:
+        assert torch.equal(sums[name], expected.sums[name]), name
+    with wrap(model, Rule()):
+        for number, sample in enumerate(inputs):
+            value, embedded, gradient = attribute_batch(Blocks(model), sample, "logprob")
+            assert torch.equal(visitor.values[number], value)
+            assert torch.equal(boundaries.get((0, number)), embedded)
+            assert torch.equal(boundaries.get((GRADIENT, number)), gradient)
+    steps = [step for index in (5, 4, 3, 2, 1, 0) for step in (f"enter {index}", 0, 1, f"done {index}")]
+    assert visitor.told == steps
+    # Nothing but the embedded inputs and their gradients is left.
+    assert set(boundaries._kept) == {(key, number) for key in (0, GRADIENT) for number in (0, 1)}
+    if place == "disk":
+        assert len(list(tmp_path.iterdir())) == 4
+
+
+class Watched(InMemory):
+    """Boundaries that know how many they held at most."""
+
+    most = 0
+
+    def put(self, key, tensor):
+        super().put(key, tensor)
+        self.most = max(self.most, len(self._kept))
+
+
+@pytest.mark.parametrize(("spacing", "most"), [(None, 10), (3, 6), (1, 10)])
+def test_spacing_bounds_what_is_held(spacing, most):
+    # 9 blocks and one batch: 9 inputs and the output or gradient; or 3 checkpoints, 2 within a segment and the
+    # gradient.
+    boundaries = Watched()
+    by_block(build("llama", num_hidden_layers=9), [batch()], boundaries, spacing)
+    assert boundaries.most == most
+
+
+@pytest.mark.parametrize("spacing", [None, 2])
+def test_an_attribution_goes_on_where_it_was_left(spacing):
+    model = build("llama", num_hidden_layers=5)
+    inputs = [batch(), batch(2, 7, padding=False, seed=2)]
+    whole, half = {}, InMemory()
+    sums, _ = by_block(model, inputs, InMemory())
+
+    def keep(index):
+        if index == 2:
+            whole.update({number: boundaries.get((GRADIENT, number)) for number in range(2)})
+
+    boundaries = InMemory()
+    visitor = Recorder(Accumulators(prunable(model), "abs"), inputs)
+    visitor.done = keep
+    with wrap(model, Rule(), prunable(model), visitor.sink):
+        attribute_batches(Blocks(model), inputs, "logprob", boundaries=boundaries, memory=0, visitor=visitor)
+    for number, gradient in whole.items():
+        half.put((GRADIENT, number), gradient)
+    rest, visitor = by_block(model, inputs, half, spacing, Resume(2))
+    assert visitor.told == [step for index in (1, 0) for step in (f"enter {index}", 0, 1, f"done {index}")]
+    for name, total in rest.items():
+        if ".layers.0." in name or ".layers.1." in name:
+            assert torch.equal(total, sums[name])
+        else:
+            assert not total.any()
+
+
+def test_equal_masks_and_tables_are_held_once():
+    model = build("gemma3_text")
+    blocks = Blocks(model)
+    calls = [blocks.record(sample)[1] for sample in (batch(), batch(seed=2), batch(2, 7, padding=False))]
+    shared = engine._shared(calls[1], calls[0])
+    for (_, kwargs), (_, first), (_, second) in zip(shared, calls[0], calls[1], strict=True):
+        assert kwargs.keys() == second.keys()
+        assert kwargs["attention_mask"] is first["attention_mask"]
+        assert all(
+            one is two for one, two in zip(kwargs["position_embeddings"], first["position_embeddings"])
+        )
+    for (_, kwargs), (_, third) in zip(engine._shared(calls[2], calls[0]), calls[2], strict=True):
+        assert kwargs["attention_mask"] is third["attention_mask"]
