@@ -135,16 +135,13 @@ class GatedProduct(torch.autograd.Function):
         scales: tuple[float, float],
     ) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation, ctx.kind, ctx.identity, ctx.scales = activation, kind, identity, scales
+        ctx.kind, ctx.identity, ctx.scales = kind, identity, scales
         return activation(gate) * up
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         gate, up = ctx.saved_tensors
-        activated = ctx.activation(gate)
-        dgate, dup = gated_product_backward(
-            grads[0], gate, up, activated, ctx.kind, ctx.identity, *ctx.scales
-        )
+        dgate, dup = gated_product_backward(grads[0], gate, up, ctx.kind, ctx.identity, *ctx.scales)
         return dgate, dup, None, None, None, None
 
 
@@ -189,17 +186,14 @@ class Experts(torch.autograd.Function):
             inputs, g = x[tokens], dy[tokens]
             gate_up, down = ctx.module.gate_up_proj[expert], ctx.module.down_proj[expert]
             gate, up = F.linear(inputs, gate_up).chunk(2, dim=-1)
-            activated = ctx.module.act_fn(gate)
-            product = activated * up
+            product = ctx.module.act_fn(gate) * up
             if router_scale:
                 output = F.linear(product, down)
                 drouter[tokens, slots] = router_scale * (output * g).sum(-1).to(drouter.dtype)
             g = g * (output_scale * router_weights[tokens, slots, None]).to(g.dtype)
             if ctx.sink is not None and down_name is not None:
                 ctx.sink.expert(down_name, expert, g, product, tokens)
-            dgate, dup = gated_product_backward(
-                g @ down, gate, up, activated, ctx.kind, ctx.identity, *ctx.scales
-            )
+            dgate, dup = gated_product_backward(g @ down, gate, up, ctx.kind, ctx.identity, *ctx.scales)
             g = torch.cat([dgate, dup], dim=-1)
             if ctx.sink is not None and gate_up_name is not None:
                 ctx.sink.expert(gate_up_name, expert, g, inputs, tokens)

@@ -5,6 +5,7 @@ Each op lists the backends it has, best first, and `choose` takes the first one 
 (autograd runs backward in threads of its own, so a thread-local choice would not reach it).
 """
 
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +43,11 @@ def unavailable(name: str) -> str | None:
     return None
 
 
+def forced() -> str | None:
+    """The backend that is forced on every op, if any."""
+    return _forced or os.environ.get("SPARC3_BACKEND")
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Force backend `name` on every op within the `with` block, in every thread.
@@ -72,11 +78,10 @@ def choose(op: str, fits: Mapping[str, str | None]) -> str:
     Raises:
         BackendError: the forced backend cannot run on this machine, or cannot run this call.
     """
-    forced = _forced or os.environ.get("SPARC3_BACKEND")
-    if forced:
-        if reason := unavailable(forced) or fits.get(forced):
-            raise BackendError(f"{op}: the forced backend {forced!r} cannot run: {reason}")
-        return forced if forced in fits else "reference"
+    if name := forced():
+        if reason := unavailable(name) or fits.get(name):
+            raise BackendError(f"{op}: the forced backend {name!r} cannot run: {reason}")
+        return name if name in fits else "reference"
     for name, reason in fits.items():
         if reason is None and unavailable(name) is None:
             return name
@@ -87,7 +92,7 @@ def info() -> dict[str, Any]:
     """Return what the kernels run on: library versions or why they are missing, instruction set, devices."""
     return {
         "backends": {name: unavailable(name) or "available" for name in BACKENDS},
-        "forced": _forced or os.environ.get("SPARC3_BACKEND"),
+        "forced": forced(),
         "native": native.info(),
         "triton": _version("triton"),
         "torch": torch.__version__,
@@ -95,6 +100,7 @@ def info() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -1,11 +1,25 @@
 """Runs a test body on every backend and instruction set that this machine has."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 from sparc3_kernels import backend, native
+from sparc3_kernels.backend import unavailable
+from sparc3_kernels.triton_support import interpreting
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from interpreter import mend_bfloat16
 
 IMPLEMENTATIONS = ("reference", "cpu-portable", "cpu-avx2", "cpu-avx512")
+FUSED = ("reference", "triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if interpreting() and unavailable("triton") is None:
+    mend_bfloat16()
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -22,3 +36,18 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
     if isa:
         native.force_isa(None)
+
+
+@pytest.fixture(params=FUSED)
+def fused(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Force the reference or the Triton kernels, on the GPU or in the interpreter."""
+    if reason := unavailable(request.param):
+        pytest.skip(reason)
+    with backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the Triton kernels run."""
+    return DEVICE

@@ -4,7 +4,14 @@ import math
 
 import pytest
 import torch
-from sparc3_kernels.gated_mlp import RATIO, activation_backward, gated_product_backward
+from sparc3_kernels.gated_mlp import (
+    RATIO,
+    activation_backward,
+    activation_backward_reference,
+    gated_product,
+    gated_product_backward,
+    gated_product_backward_reference,
+)
 from torch.nn import functional as F
 
 FUNCTIONS = {
@@ -59,11 +66,11 @@ def test_ratio_at_zero_is_its_limit(name, dtype):
 @pytest.mark.parametrize("identity", [True, False])
 @pytest.mark.parametrize("name", RATIO)
 @pytest.mark.parametrize("dtype", LOW)
-def test_low_precision_is_finite_and_close(name, dtype, identity):
+def test_low_precision_is_finite_and_close(fused, device, name, dtype, identity):
     x = torch.tensor(ADVERSARIAL, dtype=dtype)
     dy = torch.full_like(x, 1.25)
-    ours = activation_backward(dy, x, name, identity)
-    theirs = activation_backward(dy.double(), x.double(), name, identity)
+    ours = activation_backward(dy.to(device), x.to(device), name, identity).cpu()
+    theirs = activation_backward_reference(dy.double(), x.double(), name, identity)
     assert ours.isfinite().all()
     # The argument z = c x (1 + ...) of the closed form is rounded up to 6 times, which moves a ratio in [0,
     # 1] by at most 6 eps |z r'(z)| <= 6 eps * 0.3; then dy times it is rounded once. f' = r + x r' has two
@@ -110,9 +117,7 @@ def test_gated_product(name, identity, scales):
     activated = gate * (y / gate).detach() if identity else y
     product = share(activated, scales[0]) * share(up, scales[1])
     expected = torch.autograd.grad(product, (gate, up), dp)
-    ours = gated_product_backward(
-        dp, gate.detach(), up.detach(), y.detach(), name, identity, scales[0], scales[1]
-    )
+    ours = gated_product_backward(dp, gate.detach(), up.detach(), name, identity, scales[0], scales[1])
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
@@ -121,16 +126,63 @@ def test_half_rule_conserves_relevance():
     generator = torch.Generator().manual_seed(1)
     dp, gate, up = torch.randn(3, 5, 47, generator=generator, dtype=torch.float64)
     activated = F.silu(gate)
-    dgate, dup = gated_product_backward(dp, gate, up, activated, "silu", True, 0.5, 0.5)
+    dgate, dup = gated_product_backward(dp, gate, up, "silu", True, 0.5, 0.5)
     relevance = dp * activated * up
     torch.testing.assert_close(dgate * gate, relevance / 2, rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(dup * up, relevance / 2, rtol=1e-13, atol=1e-15)
 
 
-def test_inputs_are_left_alone():
-    dp, gate, up = torch.randn(3, 5, 47, generator=torch.Generator().manual_seed(2))
-    activated = F.silu(gate)
-    before = [tensor.clone() for tensor in (dp, gate, up, activated)]
-    gated_product_backward(dp, gate, up, activated, "silu", True, 0.5, 0.5)
-    for tensor, copy in zip((dp, gate, up, activated), before, strict=True):
+def test_inputs_are_left_alone(fused, device):
+    dp, gate, up = torch.randn(3, 5, 47, generator=torch.Generator().manual_seed(2)).to(device)
+    before = [tensor.clone() for tensor in (dp, gate, up)]
+    gated_product_backward(dp, gate, up, "silu", True, 0.5, 0.5)
+    gated_product(gate, up, "silu")
+    for tensor, copy in zip((dp, gate, up), before, strict=True):
         assert torch.equal(tensor, copy)
+
+
+# One block and a ragged one after it; an odd width; halves of one tensor, as Phi-3 has them.
+@pytest.mark.parametrize("shape", [(1, 1030), (2, 3, 47)])
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("name", RATIO)
+def test_low_precision_gated_product(fused, device, name, dtype, shape):
+    generator = torch.Generator().manual_seed(4)
+    dp = torch.randn(shape, generator=generator).to(dtype)
+    both = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator).to(dtype)
+    gate, up = both.chunk(2, -1)
+    on_device = both.to(device).chunk(2, -1)
+    product = gated_product(*on_device, name).cpu().double()
+    activated = FUNCTIONS[name](gate.double())
+    # f(gate) = gate * ratio is off by 3 roundings of values up to |gate|, the reference rounds it and the product.
+    bound = 8 * torch.finfo(dtype).eps * (gate.double().abs() * up.double().abs()) + 1e-7
+    assert ((product - activated * up.double()).abs() <= bound).all()
+    for identity in (True, False):
+        for scales in ((0.5, 0.5), (0.0, 1.0)):
+            ours = gated_product_backward(dp.to(device), *on_device, name, identity, *scales)
+            theirs = gated_product_backward_reference(
+                dp.double(), gate.double(), up.double(), name, identity, *scales
+            )
+            # Ratios and derivatives are at most 1.13; each factor and product is rounded at most 8 times.
+            for mine, exact, other in zip(ours, theirs, (up, gate), strict=True):
+                bound = 8 * torch.finfo(dtype).eps * (dp.double() * other.double()).abs() + 1e-7
+                assert mine.dtype == dtype
+                assert mine.shape == gate.shape
+                assert ((mine.cpu().double() - exact).abs() <= bound).all()
+
+
+def test_nothing_in_nothing_out(fused, device):
+    empty = torch.zeros(0, 8, device=device)
+    assert activation_backward(empty, empty, "silu", True).shape == (0, 8)
+    assert gated_product(empty, empty, "gelu").shape == (0, 8)
+    assert gated_product_backward(empty, empty, empty, "gelu", True, 0.5, 0.5)[1].shape == (0, 8)
+
+
+def test_ops_are_registered(fused, device):
+    dp, gate, up = torch.randn(3, 5, 47, generator=torch.Generator().manual_seed(2)).to(device)
+    ops = torch.ops.sparc3
+    torch.library.opcheck(ops.activation_backward.default, (dp, gate, "gelu", True))
+    torch.library.opcheck(ops.gated_product.default, (gate, up, "silu"))
+    for identity in (True, False):
+        torch.library.opcheck(
+            ops.gated_product_backward.default, (dp, gate, up, "gelu_tanh", identity, 0.5, 0.5)
+        )

@@ -1,0 +1,74 @@
+"""What the compile gate compiles: every op, through its launcher, at shapes that reach each configuration."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from sparc3_kernels import gated_mlp, norm
+from torch import Tensor
+
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (*HALVES, torch.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launcher and one shape; `run(dtype)` calls the launcher on meta tensors.
+
+    Only with --all, where a neighbour is tighter: `rarely`.
+    """
+
+    name: str
+    run: Callable[[torch.dtype], object]
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    matrix_product: bool = False
+    rarely: bool = False
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor without storage."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _norms() -> list[Case]:
+    cases = []
+    # One width a block size: heads, 135M, GPT-2, 2B, 8B, 70B, and the widest.
+    for width in (64, 512, 768, 2048, 4096, 8192, 16384):
+
+        def forward(dtype: torch.dtype, width: int = width) -> None:
+            x, weight = meta(4096, width, dtype=dtype), meta(width, dtype=dtype)
+            norm._norm_triton(x, None, weight, None, 1e-6, 1.0, False)
+            norm._norm_triton(x, x, weight, None, 1e-6, 1.0, False)
+            norm._norm_triton(x, x, weight, weight, 1e-5, 0.0, True)
+
+        def backward(dtype: torch.dtype, width: int = width) -> None:
+            x, weight = meta(4096, width, dtype=dtype), meta(width, dtype=dtype)
+            scale = meta(4096, dtype=torch.float32)
+            for share in (0.0, 1.0):
+                norm._norm_backward_triton(x, x, weight, scale, 1e-6, 1.0, share, False)
+                norm._norm_backward_triton(x, x, weight, scale, 1e-5, 0.0, share, True)
+
+        rarely = width in (512, 768, 2048, 8192)
+        cases += [
+            Case(f"norm {width}", forward, rarely=rarely),
+            Case(f"norm backward {width}", backward, rarely=rarely),
+        ]
+    return cases
+
+
+def _gated_mlp() -> list[Case]:
+    cases = []
+    for name in gated_mlp.RATIO:
+
+        def run(dtype: torch.dtype, name: str = name) -> None:
+            x = meta(2048, 11008, dtype=dtype)
+            gated_mlp._gated_product_triton(x, x, name)
+            for identity in (True, False):
+                gated_mlp._activation_backward_triton(x, x, name, identity)
+                gated_mlp._gated_product_backward_triton(x, x, x, name, identity, 0.5, 0.5)
+
+        cases.append(Case(f"gated MLP {name}", run, rarely=name not in ("gelu", "gelu_tanh")))
+    return cases
+
+
+CASES: list[Case] = [*_norms(), *_gated_mlp()]
