@@ -191,9 +191,11 @@ def _activation_backward_triton(dy: Tensor, x: Tensor, activation: str, identity
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     if x.numel():
-        sizes = {"ACTIVATION": activation, "IDENTITY": identity, "BLOCK": _BLOCK, "num_warps": 4}
         grid = (support.ceil_div(x.numel(), _BLOCK),)
-        support.launch(_activation_backward_kernel, grid, dy, x, dx, x.numel(), **sizes)
+        support.launch(
+            _activation_backward_kernel, grid, dy, x, dx, x.numel(),
+            ACTIVATION=activation, IDENTITY=identity, BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
     return dx
 
 

@@ -72,13 +72,14 @@ def norm_backward_reference(
         scale = torch.rsqrt(variance + eps)
         correction = dx.mean(-1, keepdim=True)
     else:
-        mean = correction = None
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
     if scale_gradient:
-        normalised = (wide if mean is None else wide - mean) * scale
+        normalised = (wide - mean if centred else wide) * scale
         share = scale_gradient * normalised * (dx * normalised).mean(-1, keepdim=True)
-        correction = share if correction is None else correction + share
-    return ((dx if correction is None else dx - correction) * scale).to(x.dtype)
+        correction = correction + share if centred else share
+    elif not centred:
+        return (dx * scale).to(x.dtype)
+    return ((dx - correction) * scale).to(x.dtype)
 
 
 # ---- Triton

@@ -17,25 +17,27 @@ from torch import Tensor
 
 from sparc3_kernels.backend import forced
 
+
+class _Absent:
+    """Stands for triton.language: every name in it is None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+tl: Any = _Absent()
+TensorDescriptor: Any = None
 try:
     import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    jit: Any = triton.jit
+    import triton.language
+    from triton.tools import tensor_descriptor
 except ImportError:
 
-    class _Absent:
-        """Stands for triton.language: every name in it is None."""
-
-        def __getattr__(self, name: str) -> None:
-            return None
-
-    triton = TensorDescriptor = None
-    tl: Any = _Absent()
-
     def jit(function: Any) -> Any:
+        """Leave the kernel as it is; nothing can run it."""
         return function
+else:
+    tl, jit, TensorDescriptor = triton.language, triton.jit, tensor_descriptor.TensorDescriptor
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,7 +69,9 @@ def unfit(*tensors: Tensor | None) -> str | None:
 @functools.cache
 def _chip(index: int) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(index)
-    return properties.major * 10 + properties.minor, properties.shared_memory_per_block_optin
+    capability = properties.major * 10 + properties.minor
+    known = SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values()))
+    return capability, getattr(properties, "shared_memory_per_block_optin", known)
 
 
 def chip(device: torch.device) -> tuple[int, int]:
