@@ -6,15 +6,18 @@
 
 Calibration and development windows are disjoint parts of lee_background.cor, the held-out windows are lee.cor; a
 window is BOS and 128 tokens. Defaults were chosen on the development text; the held-out text is for reporting.
-Results go to bench/results/quality-*.json with every window's negative log-likelihood, and to a Markdown table.
+Results go to bench/results/quality-*.json with every window's negative log-likelihood, and to a Markdown table, as
+soon as each is measured; what the file already holds of the same study and settings is not measured again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +27,7 @@ from attribution_cases import load_benchmark_model
 from real_models import lee, lee_background
 from rich.console import Console
 
-from sparc3.compress import DEFAULTS, default_settings, prune
+from sparc3.compress import default_settings, evaluate_pruned, prune
 from sparc3.evaluate import Perplexity, paired_interval, perplexity
 from sparc3.families import prunable
 from sparc3.mask import Mask, fingerprint
@@ -106,9 +109,14 @@ class Several:
 
 
 class Study:
-    """One model, its calibration windows for a seed, and the windows that it is judged on."""
+    """One model, its calibration windows for a seed, the windows that it is judged on, and what is known of it.
 
-    def __init__(self, model_name: str, held_out: bool) -> None:
+    Every row found is written to ``target`` at once, and rows that it holds from an earlier run are kept.
+    """
+
+    def __init__(self, kind: str, model_name: str, samples: int, target: Path) -> None:
+        self.target, self.samples = target, samples
+        held_out = kind == "defaults"
         self.loaded = load_benchmark_model(model_name)
         self.model, tokenizer = self.loaded.model, self.loaded.tokenizer
         background = windows(tokenizer, read_documents([str(lee_background())]), LENGTH)
@@ -118,21 +126,83 @@ class Study:
             self.judged = windows(tokenizer, read_documents([str(lee())]), LENGTH, HELD_OUT_WINDOWS, seed=0)
         else:
             self.judged = background[order[:DEVELOPMENT_WINDOWS].sort().values]
+        self.measured: dict[str, Perplexity] = {}
         self.dense = self.perplexity()
+        self.header = {
+            "study": kind,
+            "model": model_name,
+            "note": self.loaded.note,
+            "text": "held-out" if held_out else "development",
+            "calibration": {"windows": samples, "tokens": LENGTH},
+            "judged": {
+                "windows": len(self.judged),
+                "tokens": self.dense.tokens,
+                "context": self.dense.context,
+            },
+        }
+        self.results = self._earlier()
+
+    def _earlier(self) -> list[dict]:
+        """The rows of the results file, if it is of this study."""
+        if not self.target.exists():
+            return []
+        data = json.loads(self.target.read_text())
+        return data["results"] if all(data[name] == self.header[name] for name in self.header) else []
+
+    def record(
+        self,
+        label: str,
+        pattern: str,
+        seed: int,
+        settings: dict,
+        measure: Callable[[], tuple[Perplexity, dict]],
+    ) -> None:
+        """One row, unless there is one whose settings hold ``settings``; measure: what is found, all settings."""
+        of_case = [
+            row
+            for row in self.results
+            if (row["label"], row["pattern"], row["seed"]) == (label, pattern, seed)
+        ]
+        if any(settings.items() <= row["settings"].items() for row in of_case):
+            return
+        start = time.perf_counter()
+        found, settings = measure()
+        seconds = time.perf_counter() - start
+        console.print(f"  seed {seed} {pattern:>6} {found.value:12.2f}  {label} ({seconds:.0f} s)")
+        self.results = [row for row in self.results if row not in of_case]
+        self.results.append(
+            {
+                "label": label,
+                "settings": settings,
+                "pattern": pattern,
+                "seed": seed,
+                "perplexity": found.value,
+                "nll": [round(value, 6) for value in found.nll.tolist()],
+            }
+        )
+        data = self.header | {
+            "dense": self.dense.value,
+            "dense_nll": [round(value, 6) for value in self.dense.nll.tolist()],
+            "date": time.strftime("%Y-%m-%d"),
+            "versions": versions(),
+            "results": self.results,
+        }
+        self.target.write_text(json.dumps(data) + "\n")
+        self.target.with_suffix(".md").write_text(markdown(data))
 
     def perplexity(self) -> Perplexity:
         return perplexity(self.model, self.judged)
 
-    def calibration(self, seed: int, samples: int) -> torch.Tensor:
+    def calibration(self, seed: int) -> torch.Tensor:
         order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(1 + seed))
-        return self.pool[order[:samples].sort().values]
+        return self.pool[order[: self.samples].sort().values]
 
     def pruned(self, mask: Mask) -> Perplexity:
-        mask.apply(self.model, keep=True)
-        try:
-            return self.perplexity()
-        finally:
-            mask.undo(self.model)
+        """Each mask is judged once: some rules are the same on some models, and so are their masks."""
+        digest = hashlib.sha256(b"".join(bits.numpy().tobytes() for bits in mask.bits.values())).hexdigest()
+        if digest not in self.measured:
+            self.measured[digest] = evaluate_pruned(self.model, mask, self.judged)
+        return self.measured[digest]
 
     def scores(self, cases: Sequence[Case], samples: torch.Tensor) -> Iterator[tuple[Case, Scores]]:
         """One pass for all cases that share a backward."""
@@ -163,105 +233,73 @@ def _sums(case: Case) -> tuple:
     return (*case.backward, case.reduce, case.skip_first)
 
 
-def _sparsity(pattern: str) -> float | None:
-    return None if ":" in pattern else 0.5
-
-
-def run_cases(
-    study: Study, cases: Sequence[Case], patterns: Sequence[str], seed: int, samples: int
-) -> list[dict]:
-    """Perplexity of every case and pattern."""
-    results = []
+def run_tables(study: Study, seeds: int) -> None:
+    """Both tables of scores: one calibration seed, development text."""
     groups: dict[tuple, list[Case]] = {}
-    for case in dict.fromkeys(cases):
+    for case in SCORES + PART_CASES:
         groups.setdefault(case.backward, []).append(case)
     for group in groups.values():
-        start = time.perf_counter()
-        for case, scores in study.scores(group, study.calibration(seed, samples)):
-            for pattern in patterns:
-                result = study.pruned(scores.select(_sparsity(pattern), pattern, by=case.by))
-                results.append(_row(str(case), asdict(case), pattern, seed, result))
-        console.print(f"  {group[0].backward}: {time.perf_counter() - start:.0f} s")
-    return results
-
-
-def run_method(study: Study, method: str, pattern: str, seed: int, samples: int) -> dict:
-    """Perplexity of a baseline by sparc3.prune."""
-    mask = prune(study.model, study.calibration(seed, samples), method, _sparsity(pattern), pattern)
-    return _row(method, mask.settings, pattern, seed, study.pruned(mask))
-
-
-def _row(label: str, settings: dict, pattern: str, seed: int, result: Perplexity) -> dict:
-    console.print(f"    seed {seed} {pattern:>6} {result.value:12.2f}  {label}")
-    return {
-        "label": label,
-        "settings": settings,
-        "pattern": pattern,
-        "seed": seed,
-        "perplexity": result.value,
-        "nll": [round(value, 6) for value in result.nll.tolist()],
-    }
-
-
-def run_tables(model_name: str, samples: int) -> Iterator[dict]:
-    """Both tables of scores: one calibration seed, development text."""
-    study = Study(model_name, held_out=False)
-    results = run_cases(study, SCORES + PART_CASES, PATTERNS, 0, samples)
+        run_cases(study, group, 0)
     for method in BASELINES:
-        patterns = ("row", "2:4") if method != "magnitude" else ("row", "2:4", "global")
-        results += [run_method(study, method, pattern, 0, samples) for pattern in patterns]
-    yield _file(study, model_name, "development", samples, results)
+        for pattern in ("row", "2:4") if method != "magnitude" else ("row", "2:4", "global"):
+            run_method(study, method, pattern, 0)
 
 
-def run_defaults(model_name: str, samples: int, seeds: int) -> Iterator[dict]:
-    """The defaults, gradient with the same target and reduction, and the baselines; held-out text.
+def run_cases(study: Study, cases: Sequence[Case], seed: int) -> None:
+    """Every case and pattern; the cases share a backward, which is run once and only if it is needed."""
+    scores: dict[Case, Scores] = {}
 
-    Yields what is measured so far after each seed.
-    """
-    study = Study(model_name, held_out=True)
-    results = []
+    def measure(case: Case, pattern: str) -> tuple[Perplexity, dict]:
+        if not scores:
+            scores.update(study.scores(cases, study.calibration(seed)))
+        return study.pruned(scores[case].select(_sparsity(pattern), pattern, by=case.by)), asdict(case)
+
+    for case in cases:
+        for pattern in PATTERNS:
+            study.record(str(case), pattern, seed, asdict(case), partial(measure, case, pattern))
+
+
+def run_defaults(study: Study, seeds: int) -> None:
+    """The defaults, gradient with the same target and reduction, and the baselines; held-out text."""
     for seed in range(seeds):
-        for method in ("lrp", "gradient"):
-            results += run_default_scores(study, method, seed, samples)
+        for method in ("gradient", "lrp"):
+            run_default_scores(study, method, seed)
         for method in BASELINES:
             if method != "magnitude" or seed == 0:
-                results += [run_method(study, method, pattern, seed, samples) for pattern in PATTERNS[:2]]
-        yield _file(study, model_name, "held-out", samples, results) | {"defaults": DEFAULTS}
+                for pattern in PATTERNS[:2]:
+                    run_method(study, method, pattern, seed)
 
 
-def run_default_scores(study: Study, method: str, seed: int, samples: int) -> list[dict]:
+def run_default_scores(study: Study, method: str, seed: int) -> None:
     """Every pattern with its default, scored once where patterns share it; gradient drops the rule alone."""
-    patterns_of: dict[str, list[str]] = {}
+    last: dict[str, Scores] = {}
+
+    def measure(settings: dict, pattern: str) -> tuple[Perplexity, dict]:
+        key = json.dumps(settings)
+        if key not in last:
+            last.clear()
+            last[key] = attribute(study.model, study.calibration(seed), method, **settings)
+        return study.pruned(last[key].select(_sparsity(pattern), pattern)), last[key].settings
+
     for pattern in PATTERNS:
         settings = default_settings(pattern)
-        if method == "gradient":
-            settings.pop("rule")
-        patterns_of.setdefault(json.dumps(settings), []).append(pattern)
-    results = []
-    for settings, patterns in patterns_of.items():
-        scores = attribute(study.model, study.calibration(seed, samples), method, **json.loads(settings))
-        for pattern in patterns:
-            result = study.pruned(scores.select(_sparsity(pattern), pattern))
-            results.append(_row(method, scores.settings, pattern, seed, result))
-    return results
+        rule = settings.pop("rule") if method == "gradient" else settings["rule"]
+        asked = settings | {"rule": "gradient" if method == "gradient" else str(Rule.parse(rule))}
+        study.record(method, pattern, seed, asked, partial(measure, settings, pattern))
 
 
-def _file(study: Study, model_name: str, text: str, samples: int, results: list[dict]) -> dict:
-    return {
-        "model": model_name,
-        "note": study.loaded.note,
-        "text": text,
-        "calibration": {"windows": samples, "tokens": LENGTH},
-        "judged": {
-            "windows": len(study.judged),
-            "tokens": study.dense.tokens,
-            "context": study.dense.context,
-        },
-        "dense": study.dense.value,
-        "date": time.strftime("%Y-%m-%d"),
-        "dense_nll": [round(value, 6) for value in study.dense.nll.tolist()],
-        "results": results,
-    }
+def run_method(study: Study, method: str, pattern: str, seed: int) -> None:
+    """A baseline by sparc3.prune."""
+
+    def measure() -> tuple[Perplexity, dict]:
+        mask = prune(study.model, study.calibration(seed), method, _sparsity(pattern), pattern)
+        return study.pruned(mask), mask.settings
+
+    study.record(method, pattern, seed, {"method": method}, measure)
+
+
+def _sparsity(pattern: str) -> float | None:
+    return None if ":" in pattern else 0.5
 
 
 def markdown(data: dict) -> str:
@@ -322,18 +360,12 @@ def main(
     seeds: int = 3,
 ) -> None:
     """Run a study and write its JSON and Markdown to bench/results."""
-    run = {
-        "tables": lambda name: run_tables(name, samples),
-        "defaults": lambda name: run_defaults(name, samples, seeds),
-    }
+    run = {"tables": run_tables, "defaults": run_defaults}[study]
     for name in model or ["smollm2", "gemma3"]:
         console.print(f"{name}:")
         target = RESULTS / f"quality-{study}-{Path(name).name}.json"
-        for found in run[study](name):
-            data = {"study": study, "versions": versions(), **found}
-            target.write_text(json.dumps(data) + "\n")
-            target.with_suffix(".md").write_text(markdown(data))
-        Console(width=140).print(markdown(data), markup=False)
+        run(Study(study, name, samples, target), seeds)
+        Console(width=140).print(target.with_suffix(".md").read_text(), markup=False)
 
 
 if __name__ == "__main__":

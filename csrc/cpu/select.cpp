@@ -12,6 +12,9 @@ namespace {
 // A thread's 32-bit counts cannot overflow within a block.
 constexpr size_t kBlock = size_t{1} << 31;
 
+// More threads do not count: the bins of a third would take the memory beyond 1 MB.
+constexpr int kCountingThreads = 2;
+
 enum Stage : uint32_t { kUpper, kLower, kDone };
 
 struct State {
@@ -86,7 +89,7 @@ using namespace sparc3;
 size_t sparc3_select_state_size(void) { return sizeof(State); }
 
 size_t sparc3_select_workspace_size(int threads) {
-    return static_cast<size_t>(available_threads(threads) - 1) * kBins * sizeof(uint32_t);
+    return static_cast<size_t>(std::min(available_threads(threads), kCountingThreads) - 1) * kBins * sizeof(uint32_t);
 }
 
 int sparc3_select_init(void *state, int dtype) {
@@ -103,7 +106,7 @@ int sparc3_select_count(void *state, const void *scores, size_t n, int threads, 
     State *s = opened(state);
     if (!s || s->stage == kDone) return SPARC3_ERROR_STATE;
     if (n && !scores) return SPARC3_ERROR_ARGUMENT;
-    const int used = threads_for(n, threads);
+    const int used = std::min(threads_for(n, threads), kCountingThreads);
     if (used > 1 && (!workspace || workspace_size < sparc3_select_workspace_size(used))) return SPARC3_ERROR_WORKSPACE;
     for (size_t i = 0; i < n; i += kBlock) {
         const int status = count_block(*s, at(static_cast<int>(s->dtype), scores, i), std::min(kBlock, n - i), used,

@@ -49,19 +49,34 @@ Bracket guess(int dtype, const void *scores, size_t n, uint64_t rank, int32_t *s
         std::nth_element(sample, high, sample + kSample);
         bracket.high = *high;
     }
-    while ((static_cast<uint32_t>(bracket.high) - static_cast<uint32_t>(bracket.low)) >> bracket.shift >= kBins)
+    return bracket;
+}
+
+// The keys inside are counted in `width` bins as narrow as they can be.
+Bracket spread(Bracket bracket, size_t width) {
+    bracket.shift = 0;
+    while ((static_cast<uint32_t>(bracket.high) - static_cast<uint32_t>(bracket.low)) >> bracket.shift >= width)
         ++bracket.shift;
     return bracket;
 }
 
-// Each thread counts into bins of its own, added up in the first ones. False where a score is NaN.
-bool count(int dtype, const void *scores, size_t n, Bracket bracket, int threads, uint32_t *bins, Tally *sum) {
+// Bins of each thread, a power of two: more threads have fewer, so that a workspace of one size serves any number.
+size_t width_for(int threads) {
+    const size_t held = sparc3_select_flat_workspace_size(threads) / sizeof(uint32_t);
+    size_t width = kBins;
+    while (width * static_cast<size_t>(threads) > held) width /= 2;
+    return width;
+}
+
+// Each thread counts into `width` bins of its own, added up in the first ones. False where a score is NaN.
+bool count(int dtype, const void *scores, size_t n, Bracket bracket, int threads, size_t width, uint32_t *bins,
+           Tally *sum) {
     Tally tallies[kMaxThreads] = {};
     std::atomic<bool> clean{true};
-    memset(bins, 0, static_cast<size_t>(threads) * kBins * sizeof *bins);
+    memset(bins, 0, static_cast<size_t>(threads) * width * sizeof *bins);
     parallel(threads, parts_for(threads), [&](int t, int p) {
         const Slice part = slice(n, 64, parts_for(threads), p);
-        uint32_t *mine = bins + kBins * static_cast<size_t>(t);
+        uint32_t *mine = bins + width * static_cast<size_t>(t);
         if (!kernels().count_bracket32(dtype, at(dtype, scores, part.begin), part.size, bracket, &tallies[t], mine))
             clean.store(false, std::memory_order_relaxed);
     });
@@ -70,20 +85,21 @@ bool count(int dtype, const void *scores, size_t n, Bracket bracket, int threads
         sum->below += tallies[t].below;
         sum->at_low += tallies[t].at_low;
         sum->at_high += tallies[t].at_high;
-        for (size_t i = 0; i < kBins; ++i) bins[i] += bins[kBins * static_cast<size_t>(t) + i];
+        for (size_t i = 0; i < width; ++i) bins[i] += bins[width * static_cast<size_t>(t) + i];
     }
     return clean;
 }
 
-// Find the threshold of 0 < prune < n in one or two vector passes; false where the guess was wrong, which an unlucky
+// Find the threshold of 0 < prune < n in one to three vector passes; false where the guess was wrong, which an unlucky
 // or hostile order can bring about. Takes a quarter of the time of counting every score by its upper bits.
 bool guessed_threshold(int dtype, const void *scores, size_t n, uint64_t prune, int threads, uint32_t *bins,
                        sparc3_threshold *found, int *status) {
-    Bracket bracket = guess(dtype, scores, n, prune, reinterpret_cast<int32_t *>(bins));
+    const size_t width = width_for(threads);
+    Bracket bracket = spread(guess(dtype, scores, n, prune, reinterpret_cast<int32_t *>(bins)), width);
     for (;;) {
         Tally tally;
         *status = SPARC3_OK;
-        if (!count(dtype, scores, n, bracket, threads, bins, &tally)) *status = SPARC3_ERROR_NAN;
+        if (!count(dtype, scores, n, bracket, threads, width, bins, &tally)) *status = SPARC3_ERROR_NAN;
         if (*status != SPARC3_OK) return true;
         if (prune <= tally.below) return false;
         uint64_t rank = prune - tally.below;
@@ -94,13 +110,13 @@ bool guessed_threshold(int dtype, const void *scores, size_t n, uint64_t prune, 
         if (rank <= tally.at_low) return settle(bracket.low, tally.at_low);
         rank -= tally.at_low;
         size_t bin = 0;
-        for (; bin < kBins && bins[bin] < rank; ++bin) rank -= bins[bin];
-        if (bin == kBins) return rank <= tally.at_high && settle(bracket.high, tally.at_high);
+        for (; bin < width && bins[bin] < rank; ++bin) rank -= bins[bin];
+        if (bin == width) return rank <= tally.at_high && settle(bracket.high, tally.at_high);
         const int32_t floor = bracket.low + static_cast<int32_t>(static_cast<uint32_t>(bin) << bracket.shift);
         if (bracket.shift == 0) return settle(floor + 1, bins[bin]);
-        // Keys of 16-bit scores are multiples of 2^16, so that a bin holds one value.
-        if (dtype != SPARC3_FP32) return settle((floor | 0xffff) + 1, bins[bin]);
-        bracket = {floor, floor + (1 << bracket.shift) + 1, 0};
+        // Keys of 16-bit scores are multiples of 2^16, so that a bin no wider holds one value.
+        if (dtype != SPARC3_FP32 && bracket.shift <= 16) return settle((floor | 0xffff) + 1, bins[bin]);
+        bracket = spread({floor, floor + (1 << bracket.shift) + 1, 0}, width);
     }
 }
 

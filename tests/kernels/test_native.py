@@ -222,7 +222,8 @@ def test_states_that_do_not_belong_together() -> None:
 
 
 @needs_library
-def test_state_and_workspace_stay_under_a_megabyte() -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3, 64])
+def test_state_and_workspace_stay_under_a_megabyte(threads: int) -> None:
     library = native.library()
-    assert library.sparc3_select_state_size() + library.sparc3_select_workspace_size(2) < 1 << 20
-    assert library.sparc3_select_flat_workspace_size(2) < 1 << 20
+    assert library.sparc3_select_state_size() + library.sparc3_select_workspace_size(threads) < 1 << 20
+    assert library.sparc3_select_flat_workspace_size(threads) < 1 << 20

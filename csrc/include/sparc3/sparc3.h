@@ -100,8 +100,8 @@ SPARC3_API int sparc3_select_mask(int dtype, const void *scores, size_t n, sparc
                                   int threads);
 
 /* One resident tensor of `n` scores. `bits` may be NULL where only the threshold is wanted, and `out` where only the
- * bits are. The workspace is sparc3_select_flat_workspace_size(threads) bytes: 0.5 MB, and 0.25 MB for each
- * thread after the first. */
+ * bits are. The workspace is sparc3_select_flat_workspace_size(threads) bytes: 0.5 MB for one
+ * thread, 0.75 MB for any number. */
 SPARC3_API size_t sparc3_select_flat_workspace_size(int threads);
 SPARC3_API int sparc3_select_flat(int dtype, const void *scores, size_t n, uint64_t prune, uint8_t *bits,
                                   sparc3_threshold *out, int threads, void *workspace, size_t workspace_size);
