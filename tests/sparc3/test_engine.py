@@ -339,8 +339,7 @@ def test_equal_masks_and_tables_are_held_once():
     for (_, kwargs), (_, first), (_, second) in zip(shared, calls[0], calls[1], strict=True):
         assert kwargs.keys() == second.keys()
         assert kwargs["attention_mask"] is first["attention_mask"]
-        assert all(
-            one is two for one, two in zip(kwargs["position_embeddings"], first["position_embeddings"])
-        )
+        for one, two in zip(kwargs["position_embeddings"], first["position_embeddings"], strict=True):
+            assert one is two
     for (_, kwargs), (_, third) in zip(engine._shared(calls[2], calls[0]), calls[2], strict=True):
         assert kwargs["attention_mask"] is third["attention_mask"]
