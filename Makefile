@@ -10,7 +10,7 @@ PACKAGE := pyproject.toml constraints.txt setup.py
 # The oldest transformers that pyproject.toml allows; the newest is what pip finds.
 FLOOR := 5.9.0
 FLOOR_DIR := build/transformers-$(FLOOR)
-FLOOR_TESTS := $(addprefix tests/sparc3/test_,$(addsuffix .py,families wrap engine weights scores schedules models samples))
+FLOOR_TESTS := $(addprefix tests/sparc3/test_,$(addsuffix .py,families wrap engine weights scores schedules models samples quantizer))
 DEMO := build/demo
 
 .PHONY: demo test lint bench clean

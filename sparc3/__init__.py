@@ -11,6 +11,8 @@ Every name is imported when it is first used: torch and transformers take second
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sparc3.registration import register as _register
+
 if TYPE_CHECKING:
     from sparc3.compress import compare as compare
     from sparc3.compress import prune as prune
@@ -61,3 +63,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_register()

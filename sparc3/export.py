@@ -1,11 +1,11 @@
-"""Write pruned models that plain transformers loads, whole or not at all."""
+"""Write pruned models that transformers loads, dense or packed (docs/formats.md), whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,15 @@ from sparc3_kernels.select import apply_bits_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.errors import InputError
+from sparc3.formats import check_format, pack_model, summary
 from sparc3.mask import Mask
 from sparc3.models import NOTE_FILE
+from sparc3.quantizer import Sparc3Config, check_files
 from sparc3.report import write_report
+from sparc3.runtime import SparseLinear
+
+# Packed checkpoints are cut so that a broken download costs little; dense ones as transformers does it.
+_SHARD = "5GB"
 
 
 @contextmanager
@@ -96,29 +102,46 @@ def save_pretrained(
     force: bool = False,
     note: str = "",
     extra: Callable[[Path], None] | None = None,
-) -> None:
+    format: str = "dense",
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
     """Write the model with the mask's zeros, the tokenizer, the mask and the report; ``model`` is not changed.
 
-    Plain dense Hugging Face safetensors: everything loads it. Beside the weights, the config and the tokenizer lie
-    mask.safetensors and report.json.
+    Plain dense Hugging Face safetensors: everything loads it. In another format transformers loads it after
+    ``import sparc3``. Beside the weights, the config and the tokenizer lie mask.safetensors and report.json.
 
     Args:
         mask: None writes the model as it is. A mask that is already applied is fine.
         force: replace a folder that exists, once the new one is complete.
         note: of the base (sparc3.load(...).note), for whoever loads the folder with ``sparc3.load``.
         extra: writes more files into the folder that it is given, before it takes its name.
+        format: dense, or how the pruned weights are packed (sparc3.formats.pack_model).
+        progress: called with 1 for every weight packed.
+
+    Returns:
+        What ``pack_model`` chose for every pruned weight; empty for dense. The report gets it too, as "export".
 
     Raises:
-        InputError: the mask is for another model, or the folder cannot be written.
+        InputError: the mask is for another model, the format cannot hold a weight, the model is packed already, or
+            the folder cannot be written.
     """
+    check_format(format)
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise InputError(
+            "the model is packed already; save it with its own save_pretrained, or dequantize() it first"
+        )
+    linears: dict[str, SparseLinear] = {}
+    choices: dict[str, dict[str, Any]] = {}
+    if format != "dense":
+        linears, choices = pack_model(model, mask, format, progress)
+        if report is not None:
+            report = report | {"export": {"asked": format, **summary(choices), "tensors": choices}}
     with new_folder(path, force) as folder:
-        config = model.config
-        quantization = config.__dict__.pop("quantization_config", None)
-        try:
-            model.save_pretrained(folder, state_dict=_pruned_state(model, mask))
-        finally:
-            if quantization is not None:
-                config.quantization_config = quantization
+        with _quantization_config(model, linears):
+            state = _state(model, mask, linears)
+            model.save_pretrained(folder, state_dict=state, max_shard_size=_SHARD if linears else "50GB")
+        if linears:
+            check_files(sorted(folder.glob("*.safetensors")), {k: v.packing for k, v in linears.items()})
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if mask is not None:
@@ -129,21 +152,43 @@ def save_pretrained(
             (folder / NOTE_FILE).write_text(note, encoding="utf-8")
         if extra is not None:
             extra(folder)
+    return choices
 
 
-def _pruned_state(model: PreTrainedModel, mask: Mask | None) -> dict[str, torch.Tensor]:
-    """The state dict, with copies of the pruned tensors alone."""
-    state = model.state_dict()
+@contextmanager
+def _quantization_config(model: PreTrainedModel, linears: Mapping[str, SparseLinear]) -> Iterator[None]:
+    """Within the context the config describes the packed linears, or nothing where there are none."""
+    config = model.config
+    before = config.__dict__.pop("quantization_config", None)
+    if linears:
+        config.quantization_config = Sparc3Config(
+            {name: one.packing.entry() for name, one in linears.items()}
+        )
+    try:
+        yield
+    finally:
+        config.__dict__.pop("quantization_config", None)
+        if before is not None:
+            config.quantization_config = before
+
+
+def _state(
+    model: PreTrainedModel, mask: Mask | None, linears: Mapping[str, SparseLinear]
+) -> dict[str, torch.Tensor]:
+    """The state dict with the packed linears, and with copies of the pruned tensors that stay dense."""
+    state = {
+        name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in linears
+    }
+    for path, linear in linears.items():
+        state |= {f"{path}.{name}": tensor for name, tensor in linear.state_dict().items()}
     if mask is None:
         return state
-    weights = mask._weights(model)
-    if not all(
-        weight.detach()[~mask.kept(name).to(weight.device)].eq(0).all() for name, weight in weights.items()
-    ):
+    if not mask.is_applied(model):
         mask.check(model)
+    # By address, so that the two names of a tied weight stay one tensor.
     pruned = {
         weight.data_ptr(): apply_bits_(weight.detach().clone(), mask.bits[name].to(weight.device))
-        for name, weight in weights.items()
+        for name, weight in mask._weights(model).items()
+        if name in state
     }
-    # By address, so that the two names of a tied weight stay one tensor.
     return {name: pruned.get(tensor.data_ptr(), tensor) for name, tensor in state.items()}

@@ -142,6 +142,13 @@ class Mask:
                 weight.detach()[~self._on(name, weight)] = values[name].to(weight.device)
         self._values = {}
 
+    def is_applied(self, model: nn.Module) -> bool:
+        """Whether every pruned weight of ``model`` is zero; InputError where it lacks a weight of the mask."""
+        weights = self._weights(model)
+        return all(
+            bool(weight.detach()[~self._on(name, weight)].eq(0).all()) for name, weight in weights.items()
+        )
+
     def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The weights under the mask; InputError unless ``model`` is the one that it was made for."""
         weights = self._weights(model)
