@@ -96,7 +96,7 @@ def prune(
     The model saved is that of --method and --sparsity, whatever else is compared. With more than one method or
     sparsity the folder has perplexity.png too.
     """
-    from sparc3.compress import check_model, default_settings, requested_sparsity
+    from sparc3.compress import check_model, check_used, default_settings, requested_sparsity
     from sparc3.evaluate import check_fits
     from sparc3.export import check_new, save_pretrained
     from sparc3.models import BUNDLED
@@ -113,6 +113,7 @@ def prune(
     settings = {name: value for name, value in settings.items() if value is not None}
     for name in methods:
         check_settings(name, **{**default_settings(pattern), **settings})
+    check_used(settings, methods)
     asked = [sparsity, *(_number(word) for word in _split(sparsities))]
     shares = list(dict.fromkeys(requested_sparsity(share, pattern) for share in asked))
     text = text or ([console.BUNDLED_TEXT] if model in BUNDLED else [])
@@ -133,7 +134,8 @@ def prune(
         for windows in (calibration, evaluation):
             if windows is not None:
                 check_fits(loaded.model, windows)
-        settings |= {"include": include or (), "exclude": exclude or (), "seed": seed}
+        settings |= {"include": include or (), "exclude": exclude or ()}
+        settings |= {"seed": seed} if "random" in methods else {}
         dense, rows, mask = _measure(
             loaded, calibration, evaluation, methods, shares, pattern, settings, update
         )

@@ -8,7 +8,7 @@ the whole model needs every score first, so pattern "global" scores them on the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,13 @@ from sparc3.scores import METHODS, Scores, as_batches, attribute, check_settings
 from sparc3.select import check_sparsity, check_width, parse_pattern
 
 SEQUENTIAL = ("wanda", "ria")
+
+# The methods that a setting of ``sparc3.attribute`` changes.
+_USERS = {
+    "rule": ("lrp",),
+    **dict.fromkeys(("target", "positions", "reduce", "skip_first", "memory"), ("lrp", "gradient")),
+    "seed": ("random",),
+}
 
 # Chosen by measurement on development text (docs/quality.md). Within a row the constants that a rule puts on whole
 # rows cancel, so AttnLRP ranks well. Where rows compete they do not: the rules for norms and products are left out.
@@ -69,10 +76,11 @@ def prune(
         settings: of ``sparc3.attribute``, over the pattern's default for lrp and gradient.
 
     Raises:
-        InputError: as ``sparc3.attribute`` and ``Scores.select``.
+        InputError: as ``sparc3.attribute`` and ``Scores.select``; a setting that the method does not have.
     """
     sparsity = requested_sparsity(sparsity, pattern)
     check_model(model, [method], pattern, include, exclude)
+    check_used(settings, [method])
     if method in SEQUENTIAL and pattern != "global":
         return _prune_in_sweep(model, samples, method, sparsity, pattern, include, exclude, progress)
     scores = _one_shot_scores(model, samples, method, pattern, include, exclude, progress, settings)
@@ -107,6 +115,7 @@ def compare(
     """
     wanted = [requested_sparsity(sparsity, pattern) for sparsity in sparsities]
     check_model(model, methods, pattern, include, exclude)
+    check_used(settings, methods)
     peers: dict[float, Perplexity] = {}
     for method in sorted(dict.fromkeys(methods), key=lambda name: name != "wanda"):
         start = time.perf_counter()
@@ -171,6 +180,17 @@ def check_model(
         check_settings(method)
     for name, weight in prunable(model, include, exclude).items():
         check_width(name, weight.canonical(weight.weight).shape[-1], pattern)
+
+
+def check_used(settings: Iterable[str], methods: Sequence[str]) -> None:
+    """InputError for a setting that none of the methods has: it would change nothing."""
+    for name in settings:
+        users = _USERS.get(name, ("lrp", "gradient"))
+        if not {*users} & {*methods}:
+            raise InputError(
+                f"{name.replace('_', '-')} has no effect on {', '.join(methods)}: it is a setting of "
+                f"{' and '.join(users)}"
+            )
 
 
 def _one_shot_scores(

@@ -130,7 +130,11 @@ class Prunable:
 
 def family_of(model: PreTrainedModel) -> Family:
     """The declaration for a model; InputError for an architecture that has none."""
-    model_type = model.config.model_type
+    return declared(model.config.model_type)
+
+
+def declared(model_type: str) -> Family:
+    """The declaration for transformers' name of an architecture; InputError where there is none."""
     if model_type not in FAMILIES:
         raise InputError(
             f"architecture {model_type!r} is not declared; known: {', '.join(sorted(FAMILIES))}. Declare its "

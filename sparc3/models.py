@@ -21,6 +21,7 @@ from tokenizers import AddedToken
 from tokenizers.models import BPE
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GemmaTokenizer,
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from sparc3.errors import InputError
+from sparc3.families import declared
 
 DEFAULT = "tiny-llama"
 BUNDLED = (DEFAULT, "tiny-opt")
@@ -70,14 +72,19 @@ def load(name: str | Path | None = None, *, dtype: str = "float32", device: str 
         device: a torch device, as "cpu" or "cuda:0".
 
     Raises:
-        InputError: nothing is there, a file is missing or damaged, weights are missing, of the wrong shape,
-            NaN or Inf, there is no tokenizer, the hub does not answer, or dtype or device is not usable.
+        InputError: nothing is there, the architecture is not declared (see sparc3.families), a file is missing or
+            damaged, weights are missing, of the wrong shape, NaN or Inf, there is no tokenizer, the hub does not
+            answer, or dtype or device is not usable.
     """
     name = str(DEFAULT if name is None else name)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not known; use {' | '.join(DTYPES)}")
     where = _usable_device(device)
     source, note = _resolve(name)
+    with _unreadable(f"{name}: transformers cannot load this model"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    # Before the weights, which may take minutes to fetch and to read.
+    declared(config.model_type)
     with _unreadable(f"{name}: transformers cannot load this model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,

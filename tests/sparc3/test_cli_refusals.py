@@ -4,6 +4,7 @@ import errno
 import json
 
 import pytest
+import safetensors.torch
 import torch
 import words
 from commands import llama, run, saved, succeed, succeed_json
@@ -50,6 +51,8 @@ TEXT = ("--text", "train.txt")
         ("target 'loss' is not known", ("--target", "loss")),
         ("positions 'first' are not known", ("--positions", "first")),
         ("reduce 'mean' is not known", ("--reduce", "mean")),
+        ("reduce has no effect on wanda", ("--method", "wanda", "--reduce", "abs")),
+        ("skip-first has no effect on magnitude", ("--method", "magnitude", "--skip-first")),
         ("dtype 'int8' is not known", ("--dtype", "int8")),
         ("device 'gpu' cannot be used", ("--device", "gpu")),
         ("no weight is left to prune", ("--include", "*nothing*")),
@@ -144,6 +147,8 @@ def broken_unknown(room):
 def broken_undeclared(room):
     config = BloomConfig(vocab_size=words.VOCABULARY, hidden_size=16, n_layer=1, n_head=2)
     saved(AutoModelForCausalLM.from_config(config), room / "broken")
+    # It is refused before the weights are read.
+    (room / "broken/model.safetensors").write_bytes(safetensors.torch.save({}))
     return "architecture 'bloom' is not declared"
 
 

@@ -318,6 +318,18 @@ def test_wrong_names_are_refused_before_any_work(monkeypatch):
         prune(model, SAMPLES, "wanda", include=["nothing"])
 
 
+def test_a_setting_that_changes_nothing_is_refused(monkeypatch):
+    no_work(monkeypatch)
+    model = build("llama")
+    for method in ("wanda", "ria", "magnitude", "random"):
+        with pytest.raises(InputError, match=f"reduce has no effect on {method}: .* lrp and gradient"):
+            prune(model, SAMPLES, method, reduce="abs")
+    with pytest.raises(InputError, match="rule has no effect on gradient: it is a setting of lrp"):
+        prune(model, SAMPLES, "gradient", rule="attnlrp")
+    with pytest.raises(InputError, match="seed has no effect on wanda, lrp"):
+        next(compare(model, SAMPLES, windows(), ["wanda", "lrp"], seed=1))
+
+
 def test_a_pattern_need_only_divide_what_is_pruned():
     # 3:16 divides the widths 32 and 48, 2:32 only the first: down_proj is 48 wide.
     model = build("llama")

@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import gguf
 import huggingface_hub
@@ -187,8 +188,11 @@ def test_a_hub_model_on_this_machine_needs_no_network(folder, monkeypatch):
         asked.append(source)
         return original(folder, **options)
 
-    original = models.AutoModelForCausalLM.from_pretrained
+    original, original_config = models.AutoModelForCausalLM.from_pretrained, tiny.build("llama").config
     monkeypatch.setattr(models, "try_to_load_from_cache", lambda *name: "/somewhere/config.json")
+    monkeypatch.setattr(
+        models, "AutoConfig", SimpleNamespace(from_pretrained=lambda *_, **__: original_config)
+    )
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(
         models.AutoTokenizer, "from_pretrained", lambda source, **options: asked.append(source)
