@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sparc3_kernels.weight_relevance import REDUCTIONS, accumulate_weight_relevance_
+from sparc3_kernels.weight_score import weight_scores_
 from transformers import PreTrainedModel
 
 from sparc3.engine import Blocks, attribute_batch
@@ -129,19 +130,8 @@ class Accumulators:
         """The accumulated sums times W, |W| or W^2, in place; zero weights become -inf."""
         for name, total in self.sums.items():
             weight = self.weights[name].canonical(self.weights[name].weight).detach()
-            _multiply_weight_(total, weight, self.reduce)
+            weight_scores_(total, weight, self.reduce)
         return self.sums
-
-
-def _multiply_weight_(total: torch.Tensor, weight: torch.Tensor, reduce: str) -> None:
-    """total <- total * (W, |W| or W^2), -inf where W is zero; both [..., out, in]."""
-    if reduce == "signed":
-        total *= weight
-    elif reduce == "abs":
-        total *= weight.abs()
-    else:
-        total *= weight.float().square()
-    total.masked_fill_(weight == 0, -torch.inf)
 
 
 def attribute(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from sparc3_kernels import gated_mlp, norm
+from sparc3_kernels import gated_mlp, norm, weight_relevance, weight_score
 from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -71,4 +71,36 @@ def _gated_mlp() -> list[Case]:
     return cases
 
 
-CASES: list[Case] = [*_norms(), *_gated_mlp()]
+def _weight_relevance() -> list[Case]:
+    cases = []
+    for reduce in weight_relevance.REDUCTIONS:
+
+        def run(dtype: torch.dtype, reduce: str = reduce) -> None:
+            acc, g, x = (
+                meta(4096, 11008, dtype=torch.float32),
+                meta(2048, 4096, dtype=dtype),
+                meta(2048, 11008, dtype=dtype),
+            )
+            bounds = torch.empty(17, dtype=torch.int32, device="meta")
+            weight_relevance._accumulate_triton(acc, g, x, reduce, bounds)
+
+        cases.append(Case(f"weight relevance {reduce}", run, matrix_product=True))
+    return cases
+
+
+def _weight_score() -> list[Case]:
+    cases = []
+    for reduce in weight_relevance.REDUCTIONS:
+
+        def run(dtype: torch.dtype, reduce: str = reduce) -> None:
+            acc, weight = meta(4096, 11008, dtype=torch.float32), meta(4096, 11008, dtype=dtype)
+            weight_score._weight_scores_triton_(acc, weight, reduce)
+            weight_score._compress_24_triton(acc, weight, reduce)
+            for m in (2, 4, 8, 16):
+                weight_score._choose_nm_triton(acc, weight, reduce, m // 2, m)
+
+        cases.append(Case(f"weight score {reduce}", run, rarely=reduce != "abs"))
+    return cases
+
+
+CASES: list[Case] = [*_norms(), *_gated_mlp(), *_weight_relevance(), *_weight_score()]

@@ -5,6 +5,10 @@ Upstream does not support it (triton-lang/triton pull requests 10945 and 11585).
 """
 
 import numpy as np
+import torch
+
+# Where the Triton kernels run in the tests.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def mend_bfloat16() -> None:
