@@ -1,4 +1,4 @@
-"""The command line: prune, circuit, explain and export (sparc3.cli_*), evaluate, mask (sparc3.cli_mask), info.
+"""The command line: evaluate and info here, every other command in a file of its own (sparc3.cli_*).
 
 Everything heavy is imported inside the commands, so that --help and --version answer at once.
 """
@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 import sparc3
-from sparc3 import cli_circuit, cli_explain, cli_export, cli_mask, cli_prune, console
+from sparc3 import cli_circuit, cli_explain, cli_export, cli_generate, cli_mask, cli_prune, console
 from sparc3.console import AsJson, Device, Dtype, Length, Text
 
 app = typer.Typer(cls=console.Commands, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -19,6 +19,7 @@ app.command()(cli_prune.prune)
 app.command()(cli_circuit.circuit)
 app.command()(cli_explain.explain)
 app.command()(cli_export.export)
+app.command()(cli_generate.generate)
 
 
 def main() -> None:
