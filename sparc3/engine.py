@@ -27,7 +27,7 @@ from sparc3.targets import Batch, TargetFunction, explained, next_tokens
 from sparc3.weights import Resident, WeightSource
 
 # Logits in flight, in elements: 64 MiB in fp32, small beside a block and large enough to fill a GEMM.
-_LOGITS_IN_FLIGHT = 1 << 24
+LOGITS_IN_FLIGHT = 1 << 24
 
 
 class Blocks:
@@ -337,7 +337,7 @@ def target_gradient(
         return value.detach(), gradient
     labels = next_tokens(batch, positions)
     wanted = torch.nonzero((labels >= 0).any(0)).squeeze(1)
-    chunk = max(1, _LOGITS_IN_FLIGHT // (samples * blocks.model.config.vocab_size))
+    chunk = max(1, LOGITS_IN_FLIGHT // (samples * blocks.model.config.vocab_size))
     if "forward" in vars(blocks.model.get_output_embeddings()):
         # The head's own relevance is wanted (see sparc3.wrap), and it is reduced over whole samples.
         wanted, chunk = torch.arange(length, device=hidden.device), length

@@ -48,7 +48,7 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         for file in partial.iterdir():
             file.chmod(0o644)
         if path.exists() and force:
-            _replace(partial, path)
+            replace_folder(partial, path)
         else:
             partial.rename(path)
     except (OSError, SafetensorError) as error:
@@ -57,7 +57,7 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _replace(new: Path, path: Path) -> None:
+def replace_folder(new: Path, path: Path) -> None:
     """Put ``new`` where ``path`` is; ``path`` is put back where that fails."""
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
     old = aside / path.name

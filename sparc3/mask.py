@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,19 @@ def fingerprint(model: nn.Module, tensors: Mapping[str, torch.Tensor], full: boo
             for name, tensor in tensors.items()
         },
     }
+
+
+def mask_metadata(
+    shapes: Mapping[str, Sequence[int]], fingerprint: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, str]:
+    """The metadata of a mask's file, see the module."""
+    described = {
+        "version": VERSION,
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "fingerprint": fingerprint,
+        "settings": settings,
+    }
+    return {_KEY: json.dumps(described)}
 
 
 def _digest(tensor: torch.Tensor, full: bool) -> str:
@@ -236,19 +249,14 @@ class Mask:
     def save(self, path: str | Path) -> None:
         """Write the mask to a safetensors file, whole or not at all; InputError where that is not possible."""
         path = Path(path)
-        shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        header = {
-            "version": VERSION,
-            "shapes": shapes,
-            "fingerprint": self.fingerprint,
-            "settings": self.settings,
-        }
         tensors = {name: bits.cpu().contiguous() for name, bits in self.bits.items()}
         try:
             descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
             os.close(descriptor)
             try:
-                save_file(tensors, partial, metadata={_KEY: json.dumps(header)})
+                save_file(
+                    tensors, partial, metadata=mask_metadata(self.shapes, self.fingerprint, self.settings)
+                )
                 # mkstemp makes a file that only its owner may read.
                 os.chmod(partial, 0o644)
                 os.replace(partial, path)

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from sparc3.mask import Mask
 
 # Tokens that go through the model at once; more fill a GEMM no better.
-_TOKENS_IN_FLIGHT = 2048
+TOKENS_IN_FLIGHT = 2048
+# Weights that relevance is multiplied with at once, so that the temporaries stay small beside the largest tensor.
+_SCORED_AT_ONCE = 1 << 22
 
 Progress = Callable[[int], None]
 
@@ -130,7 +132,9 @@ class Accumulators:
         """The accumulated sums times W, |W| or W^2, in place; zero weights become -inf."""
         for name, total in self.sums.items():
             weight = self.weights[name].canonical(self.weights[name].weight).detach()
-            weight_scores_(total, weight, self.reduce)
+            rows = max(1, _SCORED_AT_ONCE // total.shape[-1])
+            for part in zip(total.flatten(0, -2).split(rows), weight.flatten(0, -2).split(rows), strict=True):
+                weight_scores_(*part, self.reduce)
         return self.sums
 
 
@@ -193,9 +197,12 @@ def attribute(
     elif method in ("wanda", "ria"):
         tensors = activation_scores(model, as_batches(model, samples), method, weights, progress)
     else:
-        tensors = _sample_free_scores(weights, method, seed)
+        tensors = {
+            name: sample_free_score(weight, position, method, seed)
+            for position, (name, weight) in enumerate(weights.items())
+        }
         settings |= {"seed": seed} if method == "random" else {}
-    _check_finite(tensors, weights)
+    check_finite_scores(tensors, weights)
     return Scores(
         tensors,
         frozenset(name for name, weight in weights.items() if weight.transposed),
@@ -262,27 +269,31 @@ def check_explained(value: torch.Tensor) -> None:
 
 def as_batches(model: PreTrainedModel, samples: torch.Tensor | Sequence[Batch]) -> list[Batch]:
     """Windows [N, T] or batches as a list of batches on the model's device; InputError if there are none."""
+    return batches_on(model.device, samples)
+
+
+def batches_on(device: torch.device, samples: torch.Tensor | Sequence[Batch]) -> list[Batch]:
+    """``as_batches`` on a given device."""
     if len(samples) == 0:
         raise InputError("no reference samples are given")
     if isinstance(samples, torch.Tensor):
-        samples = list(batches(samples, max(1, _TOKENS_IN_FLIGHT // samples.shape[1])))
-    return [{name: value.to(model.device) for name, value in batch.items()} for batch in samples]
+        samples = list(batches(samples, max(1, TOKENS_IN_FLIGHT // samples.shape[1])))
+    return [{name: value.to(device) for name, value in batch.items()} for batch in samples]
 
 
-def _sample_free_scores(weights: Mapping[str, Prunable], method: str, seed: int) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for index, (name, weight) in enumerate(weights.items()):
-        stored = weight.canonical(weight.weight).detach()
-        if method == "magnitude":
-            scores = stored.float().abs()
-        else:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            scores = torch.rand(stored.shape, generator=generator).to(stored.device)
-        tensors[name] = scores.masked_fill_(stored == 0, -torch.inf).contiguous()
-    return tensors
+def sample_free_score(weight: Prunable, position: int, method: str, seed: int) -> torch.Tensor:
+    """Magnitude's or random's score [..., out, in] of the weight at a position in the model; -inf where it is 0."""
+    stored = weight.canonical(weight.weight).detach()
+    if method == "magnitude":
+        scores = stored.float().abs()
+    else:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+        scores = torch.rand(stored.shape, generator=generator).to(stored.device)
+    return scores.masked_fill_(stored == 0, -torch.inf).contiguous()
 
 
-def _check_finite(tensors: Mapping[str, torch.Tensor], weights: Mapping[str, Prunable]) -> None:
+def check_finite_scores(tensors: Mapping[str, torch.Tensor], weights: Mapping[str, Prunable]) -> None:
+    """InputError where a weight that is not zero has a score that is not finite."""
     for name, scores in tensors.items():
         weight = weights[name].canonical(weights[name].weight)
         if not (scores.isfinite() | (weight == 0)).all():

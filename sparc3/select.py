@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -46,38 +46,42 @@ def select(scores: ScoresLike, sparsity: float | None, pattern: str, by: str = "
     """
     if by not in RANKINGS:
         raise InputError(f"ranking {by!r} is not known; use {' | '.join(RANKINGS)}")
-    kept, group = parse_pattern(pattern)
     sparsity = check_sparsity(sparsity, pattern)
     for name, tensor in scores.tensors.items():
         check_width(name, tensor.shape[-1], pattern)
         if tensor.isnan().any():
             raise InputError(f"{name} has NaN scores: {int(tensor.isnan().sum())} of {tensor.numel()}")
-
-    def ranked() -> Iterator[torch.Tensor]:
-        for tensor in scores.tensors.values():
-            yield _ranked(tensor, by)
-
+    bits, shapes = {}, {}
     if pattern == "global":
         total = sum(tensor.numel() for tensor in scores.tensors.values())
         chosen = select_stream(
-            lambda: (tensor.flatten() for tensor in ranked()), pruned_count(sparsity, total)
-        )
-    elif pattern == "layer":
-        chosen = (select_flat(tensor, pruned_count(sparsity, tensor.numel())) for tensor in ranked())
-    elif pattern == "row":
-        chosen = (
-            select_rows(tensor.flatten(0, -2), pruned_count(sparsity, tensor.shape[-1]))
-            for tensor in ranked()
+            lambda: (ranked(tensor, by).flatten() for tensor in scores.tensors.values()),
+            pruned_count(sparsity, total),
         )
     else:
-        chosen = (select_nm(tensor.flatten(0, -2), kept, group) for tensor in ranked())
-    bits, shapes = {}, {}
+        chosen = (select_within(tensor, sparsity, pattern, by) for tensor in scores.tensors.values())
     for (name, tensor), packed in zip(scores.tensors.items(), chosen, strict=True):
         transposed = name in scores.transposed
-        bits[name] = pack_bits(unpack_bits(packed, tensor.shape).mT.contiguous()) if transposed else packed
+        bits[name] = as_stored(packed, tensor.shape, transposed)
         shapes[name] = tuple(tensor.mT.shape if transposed else tensor.shape)
     settings = {**scores.settings, "sparsity": sparsity, "pattern": pattern, "by": by}
     return Mask(bits, shapes, scores.fingerprint, settings)
+
+
+def select_within(scores: torch.Tensor, sparsity: float, pattern: str, by: str = "magnitude") -> torch.Tensor:
+    """Packed mask over one tensor of scores [..., out, in], for every pattern but "global"."""
+    kept, group = parse_pattern(pattern)
+    keys = ranked(scores, by)
+    if pattern == "layer":
+        return select_flat(keys, pruned_count(sparsity, keys.numel()))
+    if pattern == "row":
+        return select_rows(keys.flatten(0, -2), pruned_count(sparsity, keys.shape[-1]))
+    return select_nm(keys.flatten(0, -2), kept, group)
+
+
+def as_stored(bits: torch.Tensor, shape: Sequence[int], transposed: bool) -> torch.Tensor:
+    """A packed mask over scores of ``shape`` [..., out, in] as one over the weight as it is stored."""
+    return pack_bits(unpack_bits(bits, shape).mT.contiguous()) if transposed else bits
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
@@ -121,7 +125,8 @@ def pruned_count(sparsity: float, count: int) -> int:
     return math.floor(sparsity * count + 0.5)
 
 
-def _ranked(tensor: torch.Tensor, by: str) -> torch.Tensor:
+def ranked(tensor: torch.Tensor, by: str) -> torch.Tensor:
+    """Scores such that the lowest are pruned; -inf, of weights that are zero, stays."""
     if by == "value":
         return tensor
     return tensor.abs().masked_fill_(tensor.isneginf(), -torch.inf)

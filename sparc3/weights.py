@@ -149,6 +149,14 @@ class Streamed:
         finally:
             self._drop(OUTSIDE)
 
+    def held(self, group: int) -> dict[str, torch.Tensor]:
+        """{state-dict name: tensor} of a group that is in the model; of names for one tensor, the first."""
+        found: dict[int, tuple[str, torch.Tensor]] = {}
+        for module, path, name, _ in self._places[group]:
+            tensor = getattr(module, name)
+            found.setdefault(id(tensor), (path, tensor.detach()))
+        return dict(found.values())
+
     def _wait(self, ready: Any) -> None:
         if ready is not None:
             torch.cuda.current_stream(self.device).wait_event(ready)

@@ -20,6 +20,7 @@ from sparc3.engine import (
 )
 from sparc3.errors import InputError
 from sparc3.families import prunable
+from sparc3.plan import boundaries_held
 from sparc3.rules import Rule
 from sparc3.scores import Accumulators, accumulate
 from sparc3.targets import TARGETS, explained, target_value
@@ -158,7 +159,7 @@ def test_the_same_input_gives_the_same_bits():
 def test_chunks_of_positions_do_not_matter(monkeypatch):
     model, inputs = build("gemma2", "eager"), batch()
     value, gradient, sums = run(model, inputs)
-    monkeypatch.setattr(engine, "_LOGITS_IN_FLIGHT", 3 * 5 * VOCABULARY)  # 5 of 11 positions at a time
+    monkeypatch.setattr(engine, "LOGITS_IN_FLIGHT", 3 * 5 * VOCABULARY)  # 5 of 11 positions at a time
     seen = []
     monkeypatch.setattr(
         engine, "explained", lambda logits, *rest: seen.append(logits.shape[1]) or explained(logits, *rest)
@@ -295,13 +296,14 @@ class Watched(InMemory):
         self.most = max(self.most, len(self._kept))
 
 
-@pytest.mark.parametrize(("spacing", "most"), [(None, 10), (3, 6), (1, 10)])
-def test_spacing_bounds_what_is_held(spacing, most):
-    # 9 blocks and one batch: 9 inputs and the output or gradient; or 3 checkpoints, 2 within a segment and the
-    # gradient.
+@pytest.mark.parametrize("blocks", [1, 2, 9, 10])
+@pytest.mark.parametrize("spacing", [None, 1, 3, 4, 20])
+def test_spacing_bounds_what_is_held(spacing, blocks):
     boundaries = Watched()
-    by_block(build("llama", num_hidden_layers=9), [batch()], boundaries, spacing)
-    assert boundaries.most == most
+    by_block(build("llama", num_hidden_layers=blocks), [batch()], boundaries, spacing)
+    assert boundaries.most == boundaries_held(blocks, spacing)
+    # 3 checkpoints, 2 within a stretch and the gradients; all 9 and the gradients.
+    assert (boundaries_held(9, 3), boundaries_held(9, None)) == (6, 10)
 
 
 @pytest.mark.parametrize("spacing", [None, 2])

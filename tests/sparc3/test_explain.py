@@ -306,7 +306,7 @@ def test_recomputing_gives_the_same_bits_as_keeping(monkeypatch):
     for kind in KINDS:
         for layer, ours in getattr(kept, kind).items():
             assert torch.equal(ours, getattr(recomputed, kind)[layer])
-    monkeypatch.setattr(engine, "_LOGITS_IN_FLIGHT", 3 * 2 * VOCABULARY)  # 2 positions at a time
+    monkeypatch.setattr(engine, "LOGITS_IN_FLIGHT", 3 * 2 * VOCABULARY)  # 2 positions at a time
     with relevance(model, positions="all") as r:
         r.backward(batch())
     expected = [

@@ -101,7 +101,7 @@ def test_tokens(name, reduce, skip_first):
 def test_the_head_is_reduced_over_a_sample_whatever_the_chunks(monkeypatch, positions, skip_first):
     model = build("llama")
     weights = prunable(model, include=["lm_head.weight"])
-    monkeypatch.setattr(engine, "_LOGITS_IN_FLIGHT", 3 * 2 * VOCABULARY)  # 2 positions at a time
+    monkeypatch.setattr(engine, "LOGITS_IN_FLIGHT", 3 * 2 * VOCABULARY)  # 2 positions at a time
     sink = Accumulators(weights, "abs", skip_first)
     accumulate(model, [batch()], Rule(), "logprob", positions, weights, sink)
     target = partial(target_value, target="logprob", positions=positions)
@@ -160,7 +160,7 @@ def test_windows_are_cut_into_batches(monkeypatch):
     model = build("llama")
     windows = torch.randint(3, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(7))
     whole = attribute(model, windows)
-    monkeypatch.setattr(sparc3.scores, "_TOKENS_IN_FLIGHT", 30)
+    monkeypatch.setattr(sparc3.scores, "TOKENS_IN_FLIGHT", 30)
     steps = []
     split = attribute(model, windows, progress=steps.append)
     assert steps == [2, 2, 1]
