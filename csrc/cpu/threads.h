@@ -1,6 +1,6 @@
-// Threads for the length of one call. Starting one takes some 20 us, so callers ask for one thread below about 0.2 ms
-// of work; a pool would have to survive fork. Work is dealt out in small parts, because the caller's own pool (OpenMP)
-// may still be spinning on the other cores.
+// Threads for the length of one call: those of the process's OpenMP pool where it has one, else new ones. A new one
+// takes some 20 us to start, and shares its core with an idle thread of the pool that still spins; so callers ask for
+// one thread below about 0.2 ms of work. Work is dealt out in small parts, as not every thread has a core to itself.
 #pragma once
 
 #include <stddef.h>
@@ -9,6 +9,12 @@
 #include <atomic>
 #include <system_error>
 #include <thread>
+
+#ifdef __ELF__
+// libgomp's, whose interface GCC and LLVM keep: null unless the process has loaded it, as it has with torch.
+extern "C" __attribute__((weak)) void GOMP_parallel(void (*function)(void *), void *data, unsigned threads,
+                                                    unsigned flags);
+#endif
 
 namespace sparc3 {
 
@@ -25,18 +31,25 @@ constexpr int kMaxParts = 4 * kMaxThreads;
 // Call body(thread, part) once for each part, on up to `threads` threads; body must not throw.
 template <class Body>
 void parallel(int threads, int parts, const Body &body) {
-    std::atomic<int> next{0};
-    const auto work = [&](int thread) {
+    std::atomic<int> next{0}, started{0};
+    auto work = [&] {
+        const int thread = started.fetch_add(1, std::memory_order_relaxed);
         for (int part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) body(thread, part);
     };
+    if (threads == 1) return work();
+#ifdef __ELF__
+    if (GOMP_parallel)
+        return GOMP_parallel([](void *data) { (*static_cast<decltype(work) *>(data))(); }, &work,
+                             static_cast<unsigned>(threads), 0);
+#endif
     std::thread others[kMaxThreads];
-    int started = 1;
+    int begun = 1;
     try {
-        for (; started < threads; ++started) others[started] = std::thread(work, started);
+        for (; begun < threads; ++begun) others[begun] = std::thread(work);
     } catch (const std::system_error &) {  // no more threads to be had: the others do the work
     }
-    work(0);
-    for (int t = 1; t < started; ++t) others[t].join();
+    work();
+    for (int t = 1; t < begun; ++t) others[t].join();
 }
 
 // Part `part` of `parts` of [0, n) cut at multiples of `step`: first index and length.

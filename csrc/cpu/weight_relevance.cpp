@@ -29,8 +29,8 @@ struct Plan {
         tokens = batch * length;
         const size_t fits = kBlockBytes / sizeof(float) / tokens / kStepK * kStepK;
         block_k = std::clamp(fits, kStepK, (k + kStepK - 1) / kStepK * kStepK);
-        // Below about 0.2 ms of work a second thread does not pay.
-        threads = samples * length * n * k < (1u << 22) ? 1 : available_threads(wanted);
+        // Below about 50 us of work a second thread does not pay.
+        threads = samples * length * n * k < (1u << 20) ? 1 : available_threads(wanted);
         threads = std::min<int>(threads, static_cast<int>(std::min<size_t>(kMaxThreads, (n + kStepN - 1) / kStepN)));
     }
     size_t floats_per_thread() const { return tokens * (block_k + kBlockN); }

@@ -67,6 +67,9 @@ void pack(int dtype, const void *source, size_t tokens, size_t stride, size_t wi
 
 template <bool square>
 void full_tile(const float *g, const float *x, size_t samples, size_t tokens, float *acc, size_t stride) {
+    // A few tokens are done before acc comes from memory. The next tile is its neighbour.
+    for (int r = 0; r < kTileN; ++r)
+        for (int v = 0; v < kTileK; v += 16) __builtin_prefetch(acc + (size_t)r * stride + kTileK + v, 1);
     for (size_t s = 0; s < samples; ++s) {
         Vector sum[kTileN][kVectors] = {};
         for (size_t t = 0; t < tokens; ++t, g += kTileN, x += kTileK) {
