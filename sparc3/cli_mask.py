@@ -43,7 +43,8 @@ def show(mask: MaskFile, as_json: AsJson = False) -> None:
     settings = Table("setting", "value")
     settings.add_row("made for", found.fingerprint.get("model", "?"))
     for key, value in found.settings.items():
-        settings.add_row(key, console.short(value))
+        if key != "budgets":  # the tensors' own column
+            settings.add_row(key, console.short(value))
     console.show(tensors, settings, _summary(found))
 
 
@@ -93,7 +94,7 @@ def undo(
             f"{model} is not {base} pruned by this mask: what it keeps differs too ({error})"
         ) from error
     _save(loaded, None, out, force)
-    restored = round(found.sparsity * found.total)
+    restored = found.total if found.updates else round(found.sparsity * found.total)
     if as_json:
         console.show_json({"out": str(out), "restored": restored})
     else:

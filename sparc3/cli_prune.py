@@ -32,13 +32,31 @@ def prune(
     model: Annotated[
         str, typer.Argument(help="A folder, a hub id, a .gguf file, tiny-llama or tiny-opt.")
     ] = "tiny-llama",
-    method: Annotated[str, typer.Option(help="lrp | gradient | wanda | ria | magnitude | random.")] = "lrp",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="lrp | gradient | wanda | ria | gblm | sparsegpt | magnitude | random. sparsegpt changes the "
+            "weights that it keeps."
+        ),
+    ] = "lrp",
     sparsity: Annotated[
         float | None, typer.Option(help="Share of the weights to prune, in [0, 1); 0.5, or what N:M implies.")
     ] = None,
     pattern: Annotated[
         str, typer.Option(help="What competes: row | layer | global, or N:M (N kept of every M), as 2:4.")
     ] = "row",
+    allocate: Annotated[
+        str,
+        typer.Option(
+            help="How the share is spread over the tensors: uniform | owl | relevance; row and layer only."
+        ),
+    ] = "uniform",
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Change the kept weights so that the outputs of --text stay what they were."
+        ),
+    ] = False,
     target: Annotated[
         str | None,
         typer.Option(
@@ -96,7 +114,8 @@ def prune(
     The model saved is that of --method and --sparsity, whatever else is compared. With more than one method or
     sparsity the folder has perplexity.png too.
     """
-    from sparc3.compress import check_model, check_used, default_settings, requested_sparsity
+    from sparc3.allocate import check_allocation
+    from sparc3.compress import SWEEP_ONLY, check_model, check_used, default_settings, requested_sparsity
     from sparc3.evaluate import check_fits
     from sparc3.export import check_new, save_pretrained
     from sparc3.models import BUNDLED
@@ -112,15 +131,17 @@ def prune(
     )
     settings = {name: value for name, value in settings.items() if value is not None}
     for name in methods:
-        check_settings(name, **{**default_settings(pattern), **settings})
+        if name not in SWEEP_ONLY:
+            check_settings(name, **{**default_settings(pattern), **settings})
     check_used(settings, methods)
+    check_allocation(allocate, pattern)
     asked = [sparsity, *(_number(word) for word in _split(sparsities))]
     shares = list(dict.fromkeys(requested_sparsity(share, pattern) for share in asked))
     text = text or ([console.BUNDLED_TEXT] if model in BUNDLED else [])
     eval_text = eval_text or ([console.BUNDLED_HELD_OUT] if model in BUNDLED else [])
     if len(methods) * len(shares) > 1 and not eval_text:
         raise InputError("--compare and --sparsities measure perplexity: give held-out text with --eval-text")
-    reads_text = not {*methods} <= {"magnitude", "random"}
+    reads_text = repair or allocate != "uniform" or not {*methods} <= {"magnitude", "random"}
     documents = console.documents_of(text, model) if reads_text else []
     held_out = read_documents(eval_text) if eval_text else []
 
@@ -136,6 +157,7 @@ def prune(
                 check_fits(loaded.model, windows)
         settings |= {"include": include or (), "exclude": exclude or ()}
         settings |= {"seed": seed} if "random" in methods else {}
+        settings |= {"allocate": allocate, "repair": repair}
         dense, rows, mask = _measure(
             loaded, calibration, evaluation, methods, shares, pattern, settings, update
         )
@@ -168,6 +190,8 @@ def prune(
         console.show_json({"out": str(out), **report})
     else:
         _show_pruned(loaded, dense, rows, out)
+        if mask.updates:
+            console.show(f"Note: {mask.updates} changed the kept weights too; undoing it needs {model}")
         console.show("Next:", *_next_commands(out, mask.settings, eval_text, device, dtype))
 
 
@@ -199,19 +223,17 @@ def _measure(
     update: Update,
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]], Mask]:
     """(dense perplexity, a row for every method and sparsity, the mask of the first of each)."""
+    from sparc3.compress import Pruner
+
     samples: Any = [] if calibration is None else calibration
     if evaluation is None:
-        update(description=f"{methods[0]} {shares[0]:.0%}", total=len(samples) or None)
-        start = time.perf_counter()
-        mask = sparc3.prune(
-            loaded.model,
-            samples,
-            methods[0],
-            shares[0],
-            pattern,
-            progress=lambda done: update(advance=done),
-            **settings,
+        pruner = Pruner(loaded.model, samples, pattern, **settings)
+        update(
+            description=f"{methods[0]} {shares[0]:.0%}",
+            total=len(samples) * pruner.passes(methods[0]) or None,
         )
+        start = time.perf_counter()
+        mask = pruner.mask(methods[0], shares[0], lambda done: update(advance=done))
         row = {"method": methods[0], "pattern": pattern, "sparsity": mask.sparsity}
         return None, [row | {"seconds": time.perf_counter() - start, "settings": dict(mask.settings)}], mask
     update(description="dense: evaluating", total=1 + 2 * len(methods) * len(shares))

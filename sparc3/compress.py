@@ -1,8 +1,10 @@
 """Compression: a mask out of one method's scores, and several methods beside each other at equal sparsity.
 
-lrp, gradient, magnitude and random score the dense model and then select (one-shot). wanda and ria select inside the
-forward sweep, each block seeing the pruned blocks before it (sequential), as they were published; a threshold over
-the whole model needs every score first, so pattern "global" scores them on the dense model in one pass.
+lrp, gradient, magnitude and random score the dense model and then select (one-shot). wanda, ria, gblm and sparsegpt
+select inside the forward sweep, each block seeing the pruned blocks before it (sequential), as they were published; a
+threshold over the whole model needs every score first, so pattern "global" scores wanda and ria on the dense model in
+one pass and refuses the other two. sparsegpt changes the weights that it keeps, and so does ``repair`` after any
+method, in a sweep of its own where the mask is one-shot.
 """
 
 from __future__ import annotations
@@ -15,16 +17,23 @@ import torch
 from sparc3_kernels.select import pack_bits
 from transformers import PreTrainedModel
 
+from sparc3.allocate import check_allocation, owl_budgets, relevance_budgets
 from sparc3.errors import InputError
 from sparc3.evaluate import Perplexity, paired_interval, perplexity
-from sparc3.families import prunable
+from sparc3.families import family_of, prunable
+from sparc3.inputs import Inputs
 from sparc3.mask import Mask, fingerprint
+from sparc3.reconstruct import least_squares, sparsegpt
 from sparc3.samples import Batch
-from sparc3.schedules import sequential_masks
-from sparc3.scores import METHODS, Scores, as_batches, attribute, check_settings
+from sparc3.schedules import activation_score, gblm_score, sweep
+from sparc3.scores import METHODS, Scores, as_batches, attribute
 from sparc3.select import check_sparsity, check_width, parse_pattern
+from sparc3.targets import next_tokens
 
-SEQUENTIAL = ("wanda", "ria")
+# Select inside the forward sweep; the second two have no scores to give without it.
+SEQUENTIAL = ("wanda", "ria", "gblm", "sparsegpt")
+SWEEP_ONLY = SEQUENTIAL[2:]
+PRUNERS = (*METHODS[:4], *SWEEP_ONLY, *METHODS[4:])
 
 # The methods that a setting of ``sparc3.attribute`` changes.
 _USERS = {
@@ -51,6 +60,179 @@ def default_settings(pattern: str) -> dict[str, Any]:
     return dict(DEFAULTS["N:M" if group else pattern])
 
 
+class Pruner:
+    """Prunes one model by any method, and shares what methods and sparsities have in common.
+
+    Attributes: as the arguments of ``prune``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        samples: torch.Tensor | Sequence[Batch],
+        pattern: str = "row",
+        *,
+        allocate: str = "uniform",
+        repair: bool = False,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        **settings: Any,
+    ) -> None:
+        check_allocation(allocate, pattern)
+        self.model, self.samples, self.pattern = model, samples, pattern
+        self.allocate, self.repair = allocate, repair
+        self.chosen: dict[str, Any] = {"include": include, "exclude": exclude}
+        self.settings = settings
+        self._scores: dict[str, Scores] = {}
+
+    def mask(
+        self, method: str, sparsity: float | None = None, progress: Callable[[int], None] | None = None
+    ) -> Mask:
+        """The mask of one method; see ``prune``."""
+        sparsity = requested_sparsity(sparsity, self.pattern)
+        check_model(self.model, [method], self.pattern, self.chosen["include"], self.chosen["exclude"])
+        budgets = self._budgets(sparsity, progress)
+        if method in SEQUENTIAL and self.pattern != "global":
+            mask = self._in_sweep(method, sparsity, budgets, None, progress)
+        else:
+            mask = self.scores(method, progress).select(sparsity, self.pattern, budgets=budgets)
+            if self.repair:
+                mask = self._in_sweep(method, sparsity, budgets, mask, progress)
+        if budgets is not None:
+            mask.settings["allocate"] = self.allocate
+        return mask
+
+    def passes(self, method: str) -> int:
+        """How often ``mask`` goes through all samples, for whoever shows its progress."""
+        sweeps = method in SEQUENTIAL and self.pattern != "global"
+        scored = method in ("lrp", "gradient", "gblm") or (method in SEQUENTIAL and not sweeps)
+        allocated = self.allocate == "owl" or (
+            self.allocate == "relevance" and not self._allocates_by_itself(method)
+        )
+        return scored + (sweeps or self.repair) + allocated
+
+    def scores(self, method: str, progress: Callable[[int], None] | None = None) -> Scores:
+        """The method's scores of the dense model, one-shot; kept until another method's are asked for."""
+        if method not in self._scores:
+            self._scores = {
+                name: scores for name, scores in self._scores.items() if name in ("owl", "relevance")
+            }
+            if method == "lrp" and self._allocates_by_itself(method) and "relevance" in self._scores:
+                return self._scores["relevance"]
+            chosen = {**default_settings(self.pattern), **self.settings}
+            self._scores[method] = self._attribute(method, chosen, progress)
+        return self._scores[method]
+
+    def _attribute(
+        self, method: str, settings: dict[str, Any], progress: Callable[[int], None] | None
+    ) -> Scores:
+        scores = attribute(self.model, self.samples, method, progress=progress, **self.chosen, **settings)
+        scores.settings["schedule"] = "one-shot"
+        return scores
+
+    def _allocates_by_itself(self, method: str) -> bool:
+        """Whether the method's own scores are those that budgets come from."""
+        own = {**default_settings(self.pattern), **self.settings}
+        own.pop("seed", None)  # of method random
+        return method == "lrp" and own == default_settings("global")
+
+    def _budgets(self, sparsity: float, progress: Callable[[int], None] | None) -> dict[str, float] | None:
+        if self.allocate == "uniform":
+            return None
+        if self.allocate not in self._scores:
+            self._scores = {}
+            owl = self.allocate == "owl"
+            method, settings = ("wanda", {}) if owl else ("lrp", default_settings("global"))
+            self._scores[self.allocate] = self._attribute(method, settings, progress)
+        scores = self._scores[self.allocate]
+        if self.allocate == "owl":
+            return owl_budgets(scores.tensors, sparsity, family_of(self.model).blocks)
+        return relevance_budgets(scores, sparsity)
+
+    def _in_sweep(
+        self,
+        method: str,
+        sparsity: float,
+        budgets: dict[str, float] | None,
+        given: Mask | None,
+        progress: Callable[[int], None] | None,
+    ) -> Mask:
+        """The mask, chosen block by block or ``given``, with the kept weights' new values where they change."""
+        weights = prunable(self.model, **self.chosen)
+        batches = as_batches(self.model, self.samples)
+        gradients = self._gradients(progress) if method == "gblm" else {}
+        samples = sum(len(batch["input_ids"]) for batch in batches)
+        updates = "least squares" if self.repair else "sparsegpt" if method == "sparsegpt" else None
+        bits, values = {}, {}
+
+        def visit(name: str, inputs: Inputs) -> torch.Tensor:
+            weight = weights[name]
+            dense = weight.canonical(weight.weight).detach()
+            if not inputs.squares.isfinite().all():
+                raise InputError(f"the inputs of {name} are not finite; run the model with --dtype float32")
+            new = dense
+            if given is not None:
+                kept = weight.canonical(given.kept(name)).to(dense.device)
+            elif method == "sparsegpt":
+                assert inputs.gram is not None
+                share = sparsity if budgets is None else budgets[name]
+                kept, new = sparsegpt(dense, inputs.gram, share, self.pattern)
+            elif method == "gblm":
+                kept = self._select(
+                    name, gblm_score(weight, inputs, gradients[name], samples), sparsity, budgets
+                )
+            else:
+                kept = self._select(name, activation_score(weight, inputs, method), sparsity, budgets)
+            if self.repair:
+                new = least_squares(dense, kept, inputs)
+            new = new.to(dense.dtype).masked_fill(~kept, 0)
+            bits[name] = pack_bits(weight.canonical(kept).contiguous())
+            if updates:
+                values[name] = weight.canonical(new).contiguous()
+            return new
+
+        sweep(
+            self.model, batches, weights, visit, progress, gram=updates is not None, beside_dense=self.repair
+        )
+        settings = {
+            "method": method,
+            "schedule": "sequential",
+            "sparsity": sparsity,
+            "pattern": self.pattern,
+            "by": "magnitude",
+        }
+        settings |= {} if budgets is None else {"budgets": budgets}
+        settings = settings if given is None else dict(given.settings)
+        return Mask(
+            bits,
+            {name: tuple(weights[name].weight.shape) for name in bits},
+            fingerprint(self.model, {name: weight.weight for name, weight in weights.items()}),
+            settings | ({"updates": updates} if updates else {}),
+            values,
+        )
+
+    def _select(
+        self, name: str, scores: torch.Tensor, sparsity: float, budgets: dict[str, float] | None
+    ) -> torch.Tensor:
+        if not (scores.isfinite() | scores.isneginf()).all():
+            raise InputError(f"the scores of {name} are not finite; run the model with --dtype float32")
+        return Scores({name: scores}).select(sparsity, self.pattern, budgets=budgets).kept(name)
+
+    def _gradients(self, progress: Callable[[int], None] | None) -> dict[str, torch.Tensor]:
+        """{name: |W| ||G||_2 [..., out, in]}, G the gradients of each sample's mean loss."""
+        if "gblm" not in self._scores:
+            self.samples = as_batches(self.model, self.samples)
+            predicted = sum(int((next_tokens(batch) >= 0).sum()) for batch in self.samples)
+            samples = sum(len(batch["input_ids"]) for batch in self.samples)
+            settings = {"target": "logprob", "reduce": "square"}
+            scores = self._attribute("gradient", settings, progress)
+            for tensor in scores.tensors.values():
+                # The engine explains sums over tokens; the loss is their mean.
+                tensor.clamp_(min=0).sqrt_().mul_(samples / predicted)
+            self._scores["gblm"] = scores
+        return self._scores["gblm"].tensors
+
+
 def prune(
     model: PreTrainedModel,
     samples: torch.Tensor | Sequence[Batch],
@@ -58,6 +240,8 @@ def prune(
     sparsity: float | None = None,
     pattern: str = "row",
     *,
+    allocate: str = "uniform",
+    repair: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
@@ -68,23 +252,31 @@ def prune(
     Args:
         model: a causal language model of a declared family.
         samples: windows [N, T] int64, or batches, as in ``sparc3.attribute``.
-        method: lrp | gradient | wanda | ria | magnitude | random.
+        method: lrp | gradient | wanda | ria | gblm | sparsegpt | magnitude | random. sparsegpt changes kept weights.
         sparsity: share to prune, in [0, 1); None is 0.5, or for N:M the one that it implies.
         pattern: row | layer | global | N:M, see sparc3.select.select.
+        allocate: uniform | owl | relevance: how the share is spread over tensors, see sparc3.allocate.
+        repair: change the kept weights so that outputs stay as they were, see sparc3.reconstruct.least_squares.
         include, exclude: shell patterns on state-dict names.
-        progress: called with the number of samples done since the last call.
+        progress: called with the number of samples done since the last call, ``Pruner.passes`` times all of them.
         settings: of ``sparc3.attribute``, over the pattern's default for lrp and gradient.
 
     Raises:
-        InputError: as ``sparc3.attribute`` and ``Scores.select``; a setting that the method does not have.
+        InputError: as ``sparc3.attribute`` and ``Scores.select``; a setting that the method does
+            not have; an allocation that the pattern leaves no room for.
     """
-    sparsity = requested_sparsity(sparsity, pattern)
-    check_model(model, [method], pattern, include, exclude)
+    pruner = Pruner(
+        model,
+        samples,
+        pattern,
+        allocate=allocate,
+        repair=repair,
+        include=include,
+        exclude=exclude,
+        **settings,
+    )
     check_used(settings, [method])
-    if method in SEQUENTIAL and pattern != "global":
-        return _prune_in_sweep(model, samples, method, sparsity, pattern, include, exclude, progress)
-    scores = _one_shot_scores(model, samples, method, pattern, include, exclude, progress, settings)
-    return scores.select(sparsity, pattern)
+    return pruner.mask(method, sparsity, progress)
 
 
 def compare(
@@ -95,8 +287,6 @@ def compare(
     sparsities: Sequence[float | None] = (None,),
     pattern: str = "row",
     *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Iterator[tuple[dict[str, Any], Mask]]:
@@ -105,7 +295,7 @@ def compare(
     Args:
         windows: [N, T] int64, the text that is judged on; hold it out from ``samples``.
         progress: called with a few words when a step begins, twice for every method and sparsity.
-        settings: as in ``prune``, for lrp and gradient alike.
+        settings: as in ``prune``, for all methods alike.
 
     Yields:
         ({"method", "pattern", "sparsity" (achieved), "perplexity", "seconds" (scoring and selecting), "interval"},
@@ -114,22 +304,15 @@ def compare(
         The model is unchanged whenever the iterator rests.
     """
     wanted = [requested_sparsity(sparsity, pattern) for sparsity in sparsities]
-    check_model(model, methods, pattern, include, exclude)
-    check_used(settings, methods)
+    pruner = Pruner(model, samples, pattern, **settings)
+    check_model(model, methods, pattern, pruner.chosen["include"], pruner.chosen["exclude"])
+    check_used(pruner.settings, methods)
     peers: dict[float, Perplexity] = {}
     for method in sorted(dict.fromkeys(methods), key=lambda name: name != "wanda"):
-        start = time.perf_counter()
-        scores: Scores | None = None
         for sparsity in dict.fromkeys(wanted):
             _tell(progress, f"{method} {sparsity:.0%}: scoring")
-            if method in SEQUENTIAL and pattern != "global":
-                mask = _prune_in_sweep(model, samples, method, sparsity, pattern, include, exclude)
-            else:
-                if scores is None:
-                    scores = _one_shot_scores(
-                        model, samples, method, pattern, include, exclude, None, settings
-                    )
-                mask = scores.select(sparsity, pattern)
+            start = time.perf_counter()
+            mask = pruner.mask(method, sparsity)
             seconds = time.perf_counter() - start
             _tell(progress, f"{method} {sparsity:.0%}: evaluating")
             found = evaluate_pruned(model, mask, windows)
@@ -145,7 +328,6 @@ def compare(
             elif sparsity in peers and len(windows) > 1:
                 row["interval"] = list(paired_interval(found, peers[sparsity]))
             yield row, mask
-            start = time.perf_counter()
 
 
 def evaluate_pruned(model: PreTrainedModel, mask: Mask, windows: torch.Tensor) -> Perplexity:
@@ -177,7 +359,13 @@ def check_model(
 ) -> None:
     """InputError where ``prune`` and ``compare`` would refuse for the model's sake; to be called before long work."""
     for method in methods:
-        check_settings(method)
+        if method not in PRUNERS:
+            raise InputError(f"method {method!r} is not known; use {' | '.join(PRUNERS)}")
+        if method in SWEEP_ONLY and pattern == "global":
+            raise InputError(
+                f"{method} selects inside the forward sweep, so it cannot rank the whole model; use --pattern row or "
+                "layer, which --allocate relevance spreads over the model"
+            )
     for name, weight in prunable(model, include, exclude).items():
         check_width(name, weight.canonical(weight.weight).shape[-1], pattern)
 
@@ -191,53 +379,3 @@ def check_used(settings: Iterable[str], methods: Sequence[str]) -> None:
                 f"{name.replace('_', '-')} has no effect on {', '.join(methods)}: it is a setting of "
                 f"{' and '.join(users)}"
             )
-
-
-def _one_shot_scores(
-    model: PreTrainedModel,
-    samples: torch.Tensor | Sequence[Batch],
-    method: str,
-    pattern: str,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    progress: Callable[[int], None] | None,
-    settings: dict[str, Any],
-) -> Scores:
-    chosen = {**default_settings(pattern), **settings}
-    scores = attribute(model, samples, method, include=include, exclude=exclude, progress=progress, **chosen)
-    scores.settings["schedule"] = "one-shot"
-    return scores
-
-
-def _prune_in_sweep(
-    model: PreTrainedModel,
-    samples: torch.Tensor | Sequence[Batch],
-    method: str,
-    sparsity: float,
-    pattern: str,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    progress: Callable[[int], None] | None = None,
-) -> Mask:
-    """Wanda's or RIA's mask by the sequential schedule."""
-    weights = prunable(model, include, exclude)
-
-    def keep(name: str, scores: torch.Tensor) -> torch.Tensor:
-        if not (scores.isfinite() | scores.isneginf()).all():
-            raise InputError(f"the scores of {name} are not finite; run the model with --dtype float32")
-        return Scores({name: scores}).select(sparsity, pattern).kept(name)
-
-    kept = sequential_masks(model, as_batches(model, samples), method, weights, keep, progress)
-    bits = {name: pack_bits(weights[name].canonical(kept[name]).contiguous()) for name in kept}
-    return Mask(
-        bits,
-        {name: tuple(weights[name].weight.shape) for name in kept},
-        fingerprint(model, {name: weight.weight for name, weight in weights.items()}),
-        {
-            "method": method,
-            "schedule": "sequential",
-            "sparsity": sparsity,
-            "pattern": pattern,
-            "by": "magnitude",
-        },
-    )

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from sparc3_kernels.select import apply_bits_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.errors import InputError
@@ -184,10 +183,10 @@ def _state(
     if mask is None:
         return state
     if not mask.is_applied(model):
-        mask.check(model)
+        mask.check_applies(model)
     # By address, so that the two names of a tied weight stay one tensor.
     pruned = {
-        weight.data_ptr(): apply_bits_(weight.detach().clone(), mask.bits[name].to(weight.device))
+        weight.data_ptr(): mask.prune_(name, weight.detach().clone())
         for name, weight in mask._weights(model).items()
         if name in state
     }

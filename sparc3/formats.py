@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from sparc3_kernels.select import apply_bits_
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -56,7 +55,7 @@ def pack_model(
     """
     check_format(format)
     if mask is not None and not mask.is_applied(model):
-        mask.check(model)
+        mask.check_applies(model)
     weights = prunable(model, include=["*"] if mask is not None else [])
     linears: dict[str, SparseLinear] = {}
     choices: dict[str, dict[str, Any]] = {}
@@ -106,7 +105,7 @@ def _pack(
             )
         return None, choice | {"why": reason}
     if mask is not None:
-        tensor = apply_bits_(tensor.clone(), mask.bits[weight.name].to(tensor.device))
+        tensor = mask.prune_(weight.name, tensor.clone())
     dense = weight.canonical(tensor).contiguous()
     kept = int(dense.count_nonzero())
     if format == "dense" or (mask is None and kept == dense.numel()):

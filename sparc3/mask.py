@@ -3,6 +3,10 @@
 File format (safetensors, version 1): one uint8 tensor a weight under the weight's state-dict key, bit
 ``bits[i >> 3] >> (i & 7) & 1`` for element i of the row-major tensor as stored, 1 = kept; the header's metadata holds
 ``sparc3_mask`` = a JSON object with version, shapes, fingerprint and settings.
+
+A mask of a method that also changes the weights it keeps says so in its settings, as ``updates``. The new values are
+in the pruned model and not in the file: such a mask, once loaded, can be looked at, compared and undone (with the
+base model), but not applied.
 """
 
 from __future__ import annotations
@@ -85,13 +89,15 @@ class Mask:
         bits: packed uint8 [ceil(n / 8)] by state-dict name, over the tensor as stored.
         shapes: of the tensors as stored.
         fingerprint: of the model that it was made for.
-        settings: how it was made, plain JSON values.
+        settings: how it was made, plain JSON values; ``updates`` names what changed the kept weights, if anything.
+        values: the new tensors as stored, zero where pruned, by name; empty unless kept weights change.
     """
 
     bits: dict[str, torch.Tensor]
     shapes: dict[str, tuple[int, ...]]
     fingerprint: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     _values: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -103,6 +109,11 @@ class Mask:
     def sparsity(self) -> float:
         """Share of them that is pruned."""
         return 1 - sum(count_bits(bits) for bits in self.bits.values()) / self.total
+
+    @property
+    def updates(self) -> str | None:
+        """What changed the kept weights too, or None."""
+        return self.settings.get("updates")
 
     def kept(self, name: str) -> torch.Tensor:
         """bool tensor of the shape as stored, True where the weight is kept."""
@@ -116,22 +127,29 @@ class Mask:
     # Applying ------------------------------------------------------------------------------------------------------
 
     def apply(self, model: nn.Module, keep: bool = False) -> None:
-        """Zero the pruned weights of ``model`` in place.
+        """Zero the pruned weights of ``model`` in place, and give the kept ones their new values, if there are any.
 
         Args:
-            keep: keep the pruned values in this object, so that ``undo`` needs no checkpoint.
+            keep: keep the dense values in this object, so that ``undo`` needs no checkpoint.
 
         Raises:
-            InputError: the mask was made for another model; nothing is changed then.
+            InputError: the mask was made for another model, or it changes kept weights and was loaded from a file;
+                nothing is changed then.
         """
-        weights = self.check(model)
+        weights = self.check_applies(model)
         if keep:
-            self._values = self._pruned_values(weights)
+            self._values = self._dense_values(weights)
         for name, weight in weights.items():
-            apply_bits_(weight.detach(), self.bits[name].to(weight.device))
+            self.prune_(name, weight.detach())
+
+    def prune_(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """One dense tensor as ``apply`` leaves it, in place."""
+        if name in self.values:
+            return weight.copy_(self.values[name])
+        return apply_bits_(weight, self.bits[name].to(weight.device))
 
     def undo(self, model: nn.Module, base: str | Path | None = None) -> None:
-        """Put the pruned values back, bit for bit.
+        """Put the dense values back, bit for bit.
 
         Args:
             base: name of the model that the mask was made from, as ``sparc3.load`` takes it; it is loaded whole, in
@@ -152,14 +170,17 @@ class Mask:
             )
         with torch.no_grad():
             for name, weight in weights.items():
-                weight.detach()[~self._on(name, weight)] = values[name].to(weight.device)
+                weight.detach()[self._touched(name, weight)] = values[name].to(weight.device)
         self._values = {}
 
     def is_applied(self, model: nn.Module) -> bool:
-        """Whether every pruned weight of ``model`` is zero; InputError where it lacks a weight of the mask."""
-        weights = self._weights(model)
+        """Whether ``model`` is as ``apply`` leaves it, as far as the mask knows: without ``values``, whether every
+        pruned weight is zero. InputError where it lacks a weight of the mask."""
         return all(
-            bool(weight.detach()[~self._on(name, weight)].eq(0).all()) for name, weight in weights.items()
+            torch.equal(weight, self.values[name].to(weight.device))
+            if name in self.values
+            else bool(weight.detach()[~self.kept(name).to(weight.device)].eq(0).all())
+            for name, weight in self._weights(model).items()
         )
 
     def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -169,6 +190,16 @@ class Mask:
             theirs = fingerprint(model, weights, self.fingerprint["full"])["tensors"]
             for name, expected in self.fingerprint["tensors"].items():
                 _compare(name, expected, theirs[name])
+        return weights
+
+    def check_applies(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """``check``, and InputError where only the pruned model has the new values of the kept weights."""
+        weights = self.check(model)
+        if self.updates and not self.values:
+            raise InputError(
+                f"{self.updates} changed the kept weights too, and a mask file does not hold their new values: take "
+                "the pruned model itself"
+            )
         return weights
 
     def _weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -184,11 +215,14 @@ class Mask:
                 )
         return weights
 
-    def _on(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        return self.kept(name).to(weight.device)
+    def _touched(self, name: str, weight: torch.Tensor) -> Any:
+        """Index of what ``apply`` changes in a weight."""
+        return ... if self.updates else ~self.kept(name).to(weight.device)
 
-    def _pruned_values(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        return {name: weight.detach()[~self._on(name, weight)] for name, weight in weights.items()}
+    def _dense_values(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        return {
+            name: weight.detach()[self._touched(name, weight)].clone() for name, weight in weights.items()
+        }
 
     def _from_base(self, base: str | Path, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         # Through transformers, since a file may name and cut weights otherwise than the model does: fused experts
@@ -196,7 +230,7 @@ class Mask:
         from sparc3.models import load
 
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-        return self._pruned_values(self.check(load(base, dtype=dtype).model))
+        return self._dense_values(self.check(load(base, dtype=dtype).model))
 
     # Algebra -------------------------------------------------------------------------------------------------------
 

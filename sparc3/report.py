@@ -26,6 +26,8 @@ _COLOURS = {
     "gradient": "#edae49",
     "ria": "#00798c",
     "wanda": "#30638e",
+    "gblm": "#c08552",
+    "sparsegpt": "#4f772d",
     "magnitude": "#7a7a7a",
     "random": "#b8b8b8",
     "integrated-gradients": "#8d6a9f",
@@ -75,10 +77,11 @@ def describe(loaded: Loaded, mask: Mask) -> dict[str, Any]:
 def tensor_sparsity(mask: Mask) -> dict[str, dict[str, Any]]:
     """{name: {"shape", "requested", "achieved"}}; requested is None where the pattern leaves it open (global)."""
     each = None if mask.settings.get("pattern") == "global" else mask.settings.get("sparsity")
+    budgets = mask.settings.get("budgets", {})
     return {
         name: {
             "shape": list(shape),
-            "requested": each,
+            "requested": budgets.get(name, each),
             "achieved": 1 - count_bits(mask.bits[name]) / math.prod(shape),
         }
         for name, shape in mask.shapes.items()

@@ -64,11 +64,17 @@ class Scores:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(self.tensors.items())
 
-    def select(self, sparsity: float | None, pattern: str = "row", by: str = "magnitude") -> Mask:
+    def select(
+        self,
+        sparsity: float | None,
+        pattern: str = "row",
+        by: str = "magnitude",
+        budgets: Mapping[str, float] | None = None,
+    ) -> Mask:
         """The mask that prunes the lowest scores; see sparc3.select.select."""
         from sparc3.select import select
 
-        return select(self, sparsity, pattern, by)
+        return select(self, sparsity, pattern, by, budgets)
 
 
 class Accumulators:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -31,7 +31,13 @@ class ScoresLike(Protocol):
     settings: dict
 
 
-def select(scores: ScoresLike, sparsity: float | None, pattern: str, by: str = "magnitude") -> Mask:
+def select(
+    scores: ScoresLike,
+    sparsity: float | None,
+    pattern: str,
+    by: str = "magnitude",
+    budgets: Mapping[str, float] | None = None,
+) -> Mask:
     """The mask that prunes the lowest scores.
 
     Args:
@@ -40,6 +46,8 @@ def select(scores: ScoresLike, sparsity: float | None, pattern: str, by: str = "
         pattern: "row" (each output row by itself), "layer" (each tensor), "global" (all tensors as one), or "N:M"
             (N kept of every M along the input).
         by: rank by "magnitude" |score| or by signed "value".
+        budgets: for row and layer, the share to prune of each tensor, in [0, 1], in place of ``sparsity`` (see
+            sparc3.allocate); ``sparsity`` is then what the whole is recorded under.
 
     Raises:
         InputError: sparsity or pattern is out of range, N:M does not divide a width, a score is NaN.
@@ -59,12 +67,14 @@ def select(scores: ScoresLike, sparsity: float | None, pattern: str, by: str = "
             pruned_count(sparsity, total),
         )
     else:
-        chosen = (select_within(tensor, sparsity, pattern, by) for tensor in scores.tensors.values())
+        shares = dict.fromkeys(scores.tensors, sparsity) if budgets is None else budgets
+        chosen = (select_within(tensor, shares[name], pattern, by) for name, tensor in scores.tensors.items())
     for (name, tensor), packed in zip(scores.tensors.items(), chosen, strict=True):
         transposed = name in scores.transposed
         bits[name] = as_stored(packed, tensor.shape, transposed)
         shapes[name] = tuple(tensor.mT.shape if transposed else tensor.shape)
     settings = {**scores.settings, "sparsity": sparsity, "pattern": pattern, "by": by}
+    settings |= {} if budgets is None else {"budgets": dict(budgets)}
     return Mask(bits, shapes, scores.fingerprint, settings)
 
 

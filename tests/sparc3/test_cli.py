@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import sparc3
 from sparc3 import console, rules, scores, targets
-from sparc3.compress import default_settings
+from sparc3.allocate import ALLOCATIONS
+from sparc3.compress import PRUNERS, default_settings
 from sparc3.mask import Mask
 
 LINEARS = 14  # of two Llama blocks
@@ -221,7 +222,7 @@ def test_info_says_why_it_runs_on_the_reference(monkeypatch):
 
 def test_help_names_every_choice():
     stdout = succeed("prune", "--help")
-    for choices in (scores.METHODS, targets.TARGETS, targets.POSITIONS, scores.REDUCTIONS):
+    for choices in (PRUNERS, ALLOCATIONS, targets.TARGETS, targets.POSITIONS, scores.REDUCTIONS):
         for choice in choices:
             assert choice in stdout
 

@@ -43,7 +43,7 @@ TEXT = ("--text", "train.txt")
         ("sparsity 0.4 contradicts 2:4", ("--pattern", "2:4", "--sparsity", 0.4)),
         ("pattern 'column' is not known", ("--pattern", "column")),
         ("3:10 does not divide model.layers.0.self_attn.q_proj.weight", ("--pattern", "3:10")),
-        ("method 'sparsegpt' is not known", ("--method", "sparsegpt")),
+        ("method 'obs' is not known", ("--method", "obs")),
         ("method 'obs' is not known", ("--compare", "wanda,obs", "--eval-text", "held.txt")),
         ("rule cp gives exactly zero relevance to query and key", ("--rule", "cp")),
         ("zero relevance to gate projections", ("--rule", "gate=up")),
@@ -89,7 +89,7 @@ def no_work(monkeypatch):
     def fail(*arguments, **options):
         raise AssertionError("work was begun")
 
-    for name in ("attribute", "perplexity", "sequential_masks"):
+    for name in ("attribute", "perplexity", "sweep"):
         monkeypatch.setattr(f"sparc3.compress.{name}", fail)
     monkeypatch.setattr("sparc3.evaluate.perplexity", fail)
 

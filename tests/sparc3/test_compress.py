@@ -282,7 +282,7 @@ def no_work(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("work was begun")
 
-    for name in ("attribute", "sequential_masks", "perplexity"):
+    for name in ("attribute", "sweep", "perplexity"):
         monkeypatch.setattr(sparc3.compress, name, fail)
 
 
@@ -310,10 +310,19 @@ def test_wrong_numbers_are_refused_before_any_work(monkeypatch, method, argument
 def test_wrong_names_are_refused_before_any_work(monkeypatch):
     no_work(monkeypatch)
     model = build("llama")
-    with pytest.raises(InputError, match=r"method 'sparsegpt' is not known; use lrp \| "):
-        prune(model, SAMPLES, "sparsegpt")
-    with pytest.raises(InputError, match="method 'sparsegpt' is not known"):
-        next(compare(model, SAMPLES, windows(), ["wanda", "sparsegpt"]))
+    with pytest.raises(InputError, match=r"method 'obs' is not known; use lrp \| "):
+        prune(model, SAMPLES, "obs")
+    with pytest.raises(InputError, match="method 'obs' is not known"):
+        next(compare(model, SAMPLES, windows(), ["wanda", "obs"]))
+    for method in ("gblm", "sparsegpt"):
+        with pytest.raises(InputError, match=f"{method} selects inside the forward sweep"):
+            prune(model, SAMPLES, method, pattern="global")
+    for pattern, message in (("2:4", "2:4 fixes the share"), ("global", "global allocates by itself")):
+        for allocate in ("owl", "relevance"):
+            with pytest.raises(InputError, match=message):
+                prune(model, SAMPLES, "wanda", pattern=pattern, allocate=allocate)
+    with pytest.raises(InputError, match="allocation 'evenly' is not known"):
+        prune(model, SAMPLES, "wanda", allocate="evenly")
     with pytest.raises(InputError, match="no weight is left to prune"):
         prune(model, SAMPLES, "wanda", include=["nothing"])
 

@@ -13,10 +13,22 @@ from tiny import batch, build, singles, state
 from torch.nn import functional as F
 
 from sparc3.families import blocks_of, prunable
-from sparc3.schedules import activation_scores, sequential_masks
+from sparc3.schedules import activation_score, activation_scores, sweep
 
 # Linears with and without bias, a Conv1D, experts beside a dense MLP.
 MODELS = ["llama", "opt", "gpt2", "qwen3_moe"]
+
+
+def sequential_masks(model, samples, method, weights, select):
+    """{name: kept}, each block scored on what the pruned blocks before it hand on."""
+    kept = {}
+
+    def visit(name, inputs):
+        kept[name] = select(name, activation_score(weights[name], inputs, method))
+        return weights[name].canonical(weights[name].weight).masked_fill(~kept[name], 0)
+
+    sweep(model, samples, weights, visit)
+    return kept
 
 
 def samples():
@@ -190,7 +202,7 @@ def test_an_exception_leaves_the_model_as_it_was():
         return half_of_each_row(name, scores)
 
     def fail_in_pruned(name, scores):
-        return half_of_each_row(name, scores)[:2]  # a mask that does not fit: fails while it is applied
+        return half_of_each_row(name, scores)[:2]  # a mask that does not fit
 
     for select, error in ((fail_late, KeyError), (fail_in_pruned, (RuntimeError, IndexError))):
         with pytest.raises(error):

@@ -1,0 +1,158 @@
+"""What the weights of one block receive: sums over the reference tokens, taken by hooks while the block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sparc3.families import Prunable
+from sparc3.samples import Batch
+
+
+@dataclass
+class Inputs:
+    """Sums over the real tokens that one weight [..., out, in] received, fp32.
+
+    Attributes:
+        squares: [..., in], sum of x_i^2.
+        gram: [..., in, in], sum of x x^T, where asked for; weights with the same input share the tensor.
+        cross: [in, in], sum of d x^T with d the same token's input in the dense model, where that was run beside.
+            None otherwise, and for experts, to which the two models route different tokens.
+    """
+
+    squares: torch.Tensor
+    gram: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
+
+    @property
+    def norms(self) -> torch.Tensor:
+        """||X_i||_2, [..., in]."""
+        return self.squares.sqrt()
+
+
+def observe(
+    samples: Sequence[Batch],
+    weights: Mapping[str, Prunable],
+    run: Callable[[int], torch.Tensor],
+    gram: bool = False,
+    run_dense: Callable[[int], torch.Tensor] | None = None,
+) -> tuple[dict[str, Inputs], list[torch.Tensor], list[torch.Tensor]]:
+    """Run every batch and watch the inputs of ``weights``.
+
+    Args:
+        run: runs a batch by its number.
+        gram: sum the second moments too.
+        run_dense: runs the same batch on what the dense model hands on; it makes ``cross``.
+
+    Returns:
+        (inputs by name, what ``run`` returned for each batch, what ``run_dense`` did).
+    """
+    watcher = _Watcher(weights, gram)
+    outputs, dense_outputs = [], []
+    with watcher.hooks():
+        for number, batch in enumerate(samples):
+            mask = batch["attention_mask"] if "attention_mask" in batch else None
+            watcher.real = (torch.ones_like(batch["input_ids"]) if mask is None else mask).reshape(-1).bool()
+            watcher.dense = {}
+            if run_dense is not None:
+                watcher.recording = True
+                dense_outputs.append(run_dense(number))
+                watcher.recording = False
+            outputs.append(run(number))
+            watcher.latest = None
+    return watcher.inputs(), outputs, dense_outputs
+
+
+class _Watcher:
+    """Sums each weight's inputs; linears that get the very same tensor (q, k and v) share their sums."""
+
+    real: torch.Tensor  # [B * T] bool
+    dense: dict[str, torch.Tensor]  # the dense model's inputs [t, in] of this batch
+    recording = False
+    latest: tuple[str, torch.Tensor] | None = None
+
+    def __init__(self, weights: Mapping[str, Prunable], gram: bool) -> None:
+        self.weights, self.gram = weights, gram
+        self.sums: dict[str, Inputs] = {}
+        self.shared: dict[str, str] = {}
+
+    def inputs(self) -> dict[str, Inputs]:
+        return {name: self.sums[self.shared.get(name, name)] for name in self.weights}
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        handles, experts = [], dict[nn.Module, dict[str, str]]()
+        for name, weight in self.weights.items():
+            if weight.attribute == "weight":
+                handles.append(weight.module.register_forward_pre_hook(self._linear_hook(name)))
+            else:
+                experts.setdefault(weight.module, {})[weight.attribute] = name
+                self._sums_of(name)  # also those of experts that see no token
+        handles += [
+            module.register_forward_pre_hook(self._experts_hook(names)) for module, names in experts.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _sums_of(self, name: str) -> Inputs:
+        if name not in self.sums:
+            weight = self.weights[name]
+            row = weight.canonical(weight.weight)[..., 0, :]
+            squares = torch.zeros_like(row, dtype=torch.float32)
+            grams = squares.new_zeros((*row.shape, row.shape[-1])) if self.gram else None
+            self.sums[name] = Inputs(squares, grams)
+        return self.sums[name]
+
+    def _linear_hook(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            if self.latest is not None and self.latest[1] is args[0]:
+                self.shared[name] = self.latest[0]
+                return
+            self.latest = (name, args[0])
+            x = args[0].reshape(-1, args[0].shape[-1])[self.real].float()
+            if self.recording:
+                self.dense[name] = x
+                return
+            sums = self._sums_of(name)
+            sums.squares.add_(x.square().sum(0))
+            if sums.gram is not None:
+                sums.gram.addmm_(x.T, x)
+            if name in self.dense:
+                if sums.cross is None:
+                    sums.cross = x.new_zeros(x.shape[1], x.shape[1])
+                sums.cross.addmm_(self.dense[name].T, x)
+
+        return hook
+
+    def _experts_hook(self, names: Mapping[str, str]) -> Callable:
+        def hook(module: Any, args: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+            if self.recording:
+                return
+            x, chosen, _ = args
+            for expert in torch.unique(chosen).tolist():
+                if expert >= module.gate_up_proj.shape[0]:
+                    continue
+                received = x[(chosen == expert).any(-1) & self.real]
+                if "gate_up_proj" in names:
+                    self._add_expert(names["gate_up_proj"], expert, received)
+                if "down_proj" in names:
+                    # down_proj's inputs never leave the fused module: they are computed once more.
+                    gate, up = F.linear(received, module.gate_up_proj[expert]).chunk(2, dim=-1)
+                    self._add_expert(names["down_proj"], expert, module.act_fn(gate) * up)
+
+        return hook
+
+    def _add_expert(self, name: str, expert: int, x: torch.Tensor) -> None:
+        sums, x = self._sums_of(name), x.float()
+        sums.squares[expert] += x.square().sum(0)
+        if sums.gram is not None:
+            sums.gram[expert].addmm_(x.T, x)

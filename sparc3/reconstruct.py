@@ -1,0 +1,139 @@
+"""New values for the weights that a mask keeps, so that the layer's outputs stay what they were.
+
+With H = sum x x^T over what a linear receives and W its dense weight [out, in]:
+
+SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774) goes through the columns from left to right: it picks what
+goes by (w_i / U_ii)^2, U the upper Cholesky factor of (H + lambda)^-1, and lets the columns to the right make up
+for each error. Blocks of 128 columns are picked at once, N:M groups one by one.
+
+Least squares takes any mask and finds, for each row, the kept values v that minimise |W d - v x|^2 + lambda |v - w|^2
+over the reference tokens: (H + lambda)_KK v_K = (W C + lambda W)_K, where d is the token's input in the dense model,
+C = sum d x^T, and K the kept columns. lambda pulls towards the old values, as few tokens say little of many columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from sparc3_kernels.select import select_flat, select_nm, select_rows, unpack_bits
+
+from sparc3.inputs import Inputs
+from sparc3.select import parse_pattern, pruned_count
+
+_COLUMNS = 128
+DAMPING = 0.01
+# Conjugate gradients stop at this residual, relative to the right-hand side in the preconditioner's norm, which is
+# far below what the damping changes, or after so many steps.
+_TOLERANCE, _STEPS, _TINY = 1e-4, 100, 1e-30
+
+
+def sparsegpt(
+    weight: torch.Tensor, gram: torch.Tensor, sparsity: float, pattern: str, damping: float = DAMPING
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(kept, new values) of one weight by SparseGPT.
+
+    Args:
+        weight: [out, in], or [experts, out, in]; not changed.
+        gram: [in, in] or [experts, in, in], sum of x x^T.
+        sparsity, pattern: "layer" picks among all rows of 128 columns, as published; "row" within each row of them;
+            N:M keeps N of every M. Exactly floor(s n + 1/2) go, zero weights and columns without input first.
+        damping: lambda over the mean of H's diagonal.
+
+    Returns:
+        kept, bool, and values, fp32, zero where not kept, of the weight's shape. Columns without input keep their
+        values.
+    """
+    if weight.dim() == 3:
+        each = [sparsegpt(*one, sparsity, pattern, damping) for one in zip(weight, gram, strict=True)]
+        return torch.stack([kept for kept, _ in each]), torch.stack([values for _, values in each])
+    values, old = weight.float().clone(), weight.float()
+    group = parse_pattern(pattern)[1]
+    width = _COLUMNS // group * group if group else _COLUMNS
+    factor, dead = _inverse_factor(gram, damping)
+    kept = torch.ones_like(old, dtype=torch.bool)
+    for start in range(0, old.shape[1], width):
+        block = slice(start, min(start + width, old.shape[1]))
+        upper, some = factor[block, block], values[:, block]
+        errors = torch.zeros_like(some)
+        gone = ~kept[:, block]
+        for column in range(some.shape[1]):
+            if column % (group or some.shape[1]) == 0:
+                part = slice(column, column + (group or some.shape[1]))
+                saliency = (some[:, part] / upper.diagonal()[part]).square()
+                saliency.masked_fill_(dead[block][part], 0.0)
+                saliency.masked_fill_(old[:, block][:, part] == 0, -1.0)
+                gone[:, part] = _lowest(saliency, sparsity, pattern, start, old.shape[1])
+            error = some[:, column].where(gone[:, column], 0.0) / upper[column, column]
+            some[:, column:].addr_(error, upper[column, column:], alpha=-1)
+            errors[:, column] = error
+        some.masked_fill_(gone, 0.0)
+        kept[:, block] = ~gone
+        values[:, block.stop :].addmm_(errors, factor[block, block.stop :], alpha=-1)
+    return kept, values
+
+
+def _inverse_factor(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(U with U^T U = (H + lambda)^-1 in fp32, columns that never had an input)."""
+    # fp64: an input a thousand times larger than the rest leaves fp32 no digits for the others.
+    damped = gram.double()
+    dead = damped.diagonal() == 0
+    damped = damped + torch.diag(dead.double())
+    damped.diagonal().add_(damping * damped.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float(), dead
+
+
+def _lowest(saliency: torch.Tensor, sparsity: float, pattern: str, start: int, width: int) -> torch.Tensor:
+    """Which entries [out, c] of columns start.. of ``width`` go, such that all blocks together are exact."""
+    rows, columns = saliency.shape
+    kept, group = parse_pattern(pattern)
+    if group:
+        bits = select_nm(saliency.contiguous(), kept, group)
+    elif pattern == "row":
+        bits = select_rows(saliency, pruned_count(sparsity, start + columns) - pruned_count(sparsity, start))
+    else:
+        before = pruned_count(sparsity, rows * start)
+        bits = select_flat(saliency, pruned_count(sparsity, rows * (start + columns)) - before)
+    return ~unpack_bits(bits, saliency.shape)
+
+
+def least_squares(
+    weight: torch.Tensor, kept: torch.Tensor, inputs: Inputs, damping: float = DAMPING
+) -> torch.Tensor:
+    """The kept values of one weight that come closest to the dense outputs; see the module.
+
+    Every row has a system of its own, its kept columns of H. Conjugate gradients solve all rows together, one product
+    with H a step, where a factorisation would take |K|^3 / 3 operations a row.
+
+    Args:
+        weight: [..., out, in] dense, not changed.
+        kept: [..., out, in] bool.
+        inputs: with gram, and with cross where the dense model was run beside.
+        damping: lambda over the mean of H's diagonal.
+
+    Returns:
+        [..., out, in] fp32, zero where not kept. Columns without input keep their values.
+    """
+    assert inputs.gram is not None
+    old, gram = weight.float(), inputs.gram
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    # Of an expert that saw no token nothing is known: any lambda keeps its weights.
+    ridge = torch.where(mean > 0, damping * mean, 1.0).unsqueeze(-2)
+    scale = diagonal.unsqueeze(-2) + ridge
+    values = old * kept
+    wanted = old @ (gram if inputs.cross is None else inputs.cross) + ridge * old
+    residual = (wanted - values @ gram - ridge * values) * kept
+    step = residual / scale
+    size = (residual * step).sum(-1, keepdim=True)
+    enough = _TOLERANCE**2 * (wanted.square() / scale * kept).sum(-1, keepdim=True)
+    for _ in range(_STEPS):
+        if (size <= enough).all():
+            break
+        image = (step @ gram + ridge * step) * kept
+        length = size / (step * image).sum(-1, keepdim=True).clamp_min(_TINY)
+        values.addcmul_(length, step)
+        residual.addcmul_(length, image, value=-1)
+        direction = residual / scale
+        before, size = size, (residual * direction).sum(-1, keepdim=True)
+        step = direction.addcmul_(size / before.clamp_min(_TINY), step)
+    return values
