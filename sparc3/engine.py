@@ -12,7 +12,7 @@ at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparc3.autograd import Unscored
 from sparc3.boundaries import Boundaries, InMemory
 from sparc3.families import blocks_of
 from sparc3.targets import Batch, TargetFunction, explained, next_tokens
@@ -338,17 +339,31 @@ def target_gradient(
     labels = next_tokens(batch, positions)
     wanted = torch.nonzero((labels >= 0).any(0)).squeeze(1)
     chunk = max(1, LOGITS_IN_FLIGHT // (samples * blocks.model.config.vocab_size))
-    if "forward" in vars(blocks.model.get_output_embeddings()):
+    head = blocks.model.get_output_embeddings()
+    scored = "forward" in vars(head)
+    if scored:
         # The head's own relevance is wanted (see sparc3.wrap), and it is reduced over whole samples.
         wanted, chunk = torch.arange(length, device=hidden.device), length
     value = torch.zeros(samples, device=hidden.device, dtype=torch.float32)
-    for some in wanted.split(chunk):
-        with torch.enable_grad():
-            part = explained(blocks.logits(leaf, batch, some), labels[:, some], target)
-            part.sum().backward()
-        value += part.detach()
+    with nullcontext() if scored else _unscored(head):
+        for some in wanted.split(chunk):
+            with torch.enable_grad():
+                part = explained(blocks.logits(leaf, batch, some), labels[:, some], target)
+                part.sum().backward()
+            value += part.detach()
     gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
     return value, gradient
+
+
+@contextmanager
+def _unscored(head: Any) -> Iterator[None]:
+    """Within the context the backward of the LM head is autograd.Unscored."""
+    plain = head.forward
+    head.forward = lambda hidden: Unscored.apply(hidden, plain, head.weight)
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def free_memory(device: torch.device) -> int:
