@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 import sparc3
-from sparc3 import cli_circuit, cli_explain, cli_export, cli_generate, cli_mask, cli_prune, console
+from sparc3 import cli_bench, cli_circuit, cli_explain, cli_export, cli_generate, cli_mask, cli_prune, console
 from sparc3.console import AsJson, Device, Dtype, Length, Text
 
 app = typer.Typer(cls=console.Commands, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -89,6 +89,7 @@ def evaluate(
 
 
 app.add_typer(cli_mask.app, name="mask")
+app.add_typer(cli_bench.app, name="bench")
 
 
 @app.command()
