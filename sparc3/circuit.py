@@ -25,17 +25,15 @@ import torch
 from sparc3_kernels.select import pack_bits
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparc3.ablation import ABLATIONS, ablated_differences, differences, masked_differences, replacement
 from sparc3.errors import InputError
 from sparc3.families import prunable
 from sparc3.mask import Mask
 from sparc3.ranking import (
-    ABLATIONS,
     COMPONENT_METHODS,
     WEIGHT_METHODS,
-    ablated_differences,
     check_component_settings,
-    differences,
-    masked_differences,
+    check_task_target,
     score_components,
     score_weights,
 )
@@ -119,12 +117,14 @@ def check_circuit_settings(
     by: str = "magnitude",
     rule: str | Rule = DEFAULT_RULE,
     reduce: str = "signed",
+    target: str = "difference",
 ) -> None:
     """InputError where ``Search`` would refuse these, whatever the model."""
     if unit not in ("weight", *UNITS):
         raise InputError(f"unit {unit!r} is not known; use weight | {' | '.join(UNITS)}")
     if by not in RANKINGS:
         raise InputError(f"ranking {by!r} is not known; use {' | '.join(RANKINGS)}")
+    check_task_target(target)
     if unit != "weight":
         Rule.parse(rule)
         check_component_settings(unit, method, ablation, reduce)
@@ -167,6 +167,8 @@ class Search:
         self._ranking = task_batches(model, tokenizer, task.ranking)
         self._judging = task_batches(model, tokenizer, task.judging)
         self._components = None if unit == "weight" else components(model, unit)
+        if self._components is not None:
+            self._replace = replacement(model, self._components, ablation, self._ranking)
         self.names: tuple[str, ...] = () if self._components is None else self._components.names
         self.total = len(self.names) or sum(weight.weight.numel() for weight in prunable(model).values())
         full = differences(model, self._judging)
@@ -191,6 +193,7 @@ class Search:
         *,
         by: str = "magnitude",
         rule: str | Rule = DEFAULT_RULE,
+        target: str = "difference",
         reduce: str = "signed",
         seed: int = 0,
         tell: Tell | None = None,
@@ -201,6 +204,7 @@ class Search:
             method: sparc3.ranking.COMPONENT_METHODS or, for weights, WEIGHT_METHODS.
             by: rank by "magnitude", or by signed "value" (what works against the task goes first).
             rule: for lrp.
+            target: what lrp and the gradients explain, of sparc3.tasks.TASK_TARGETS.
             reduce: how samples are reduced by lrp and gradient: signed | abs | square (weights: token-square too).
             seed: of random.
             tell: called with a few words when a step begins.
@@ -208,13 +212,15 @@ class Search:
         Raises:
             InputError: the method does not fit the unit, or a setting is not known.
         """
-        check_circuit_settings(self.unit, method, self.ablation, by, rule, reduce)
+        check_circuit_settings(self.unit, method, self.ablation, by, rule, reduce, target)
         tell = tell or (lambda words: None)
         tell(f"{method}: scoring")
         start = time.perf_counter()
         scores: torch.Tensor | Scores
         if self._components is None:
-            scores = score_weights(self.model, self._ranking, method, rule=rule, reduce=reduce, seed=seed)
+            scores = score_weights(
+                self.model, self._ranking, method, rule=rule, target=target, reduce=reduce, seed=seed
+            )
         else:
             scores = score_components(
                 self.model,
@@ -223,6 +229,7 @@ class Search:
                 method,
                 ablation=self.ablation,
                 rule=rule,
+                target=target,
                 reduce=reduce,
                 seed=seed,
             )
@@ -231,7 +238,7 @@ class Search:
         if method == "lrp":
             settings |= {"rule": str(Rule.parse(rule))}
         if method in ("lrp", "gradient"):
-            settings |= {"reduce": reduce}
+            settings |= {"target": target, "reduce": reduce}
         if method == "random":
             settings |= {"seed": seed}
         tell(f"{method}: measuring")
@@ -297,7 +304,7 @@ class Search:
             ]
             return torch.stack(rows)
         keeps = [keep for keep in chosen if isinstance(keep, torch.Tensor)]
-        return ablated_differences(self.model, self._components, self._judging, keeps, self.ablation)
+        return ablated_differences(self.model, self._components, self._judging, keeps, self._replace)
 
     def _point(self, fraction: float, kept: int, values: torch.Tensor) -> Point:
         mean = values.double().mean().item()

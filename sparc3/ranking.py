@@ -14,7 +14,7 @@ exact                d(model) - d(model without c)
 ==================== ============================================ ====================================
 
 Sums run over tokens and channels, d is the logit difference (sparc3.tasks), x' what replaces x when the component
-is ablated: zero, or x on the corrupted prompt. So scores stand for the effect of the very ablation that is asked for.
+is ablated (sparc3.ablation). So scores stand for the effect of the very ablation that is asked for.
 The path goes straight from the embedded corrupted prompt to the clean one (Hanna et al. 2024, arXiv 2403.17806), here
 in 5 steps by the midpoint rule.
 """
@@ -29,18 +29,26 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparc3.engine import Blocks, attribute_batch, model_inputs
+from sparc3.ablation import (
+    ABLATIONS,
+    Progress,
+    Replacement,
+    ablated_differences,
+    activations,
+    differences,
+    replacement,
+)
+from sparc3.engine import Blocks, attribute_batch
 from sparc3.errors import InputError
 from sparc3.families import prunable
-from sparc3.mask import Mask, fingerprint
+from sparc3.mask import fingerprint
 from sparc3.rules import Rule
 from sparc3.scores import Accumulators, Scores, accumulate, attribute
 from sparc3.targets import Batch
-from sparc3.tasks import counterpart, logit_difference
-from sparc3.units import Components, Site, ablated, at_sites, recorded
+from sparc3.tasks import TASK_TARGETS
+from sparc3.units import Components, Site, at_sites
 from sparc3.wrap import frozen, wrap
 
-ABLATIONS = ("zero", "patch")
 COMPONENT_METHODS = (
     "lrp",
     "gradient",
@@ -60,63 +68,6 @@ COMPONENT_REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 _STEPS = 5
 
-Progress = Callable[[int], None]
-
-
-# Measuring ---------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def differences(model: PreTrainedModel, batches: Sequence[Batch]) -> torch.Tensor:
-    """Logit differences [N] of the model as it is, on the CPU."""
-    with frozen(model):
-        return torch.cat([_difference(model, batch) for batch in batches])
-
-
-@torch.no_grad()
-def ablated_differences(
-    model: PreTrainedModel,
-    found: Components,
-    batches: Sequence[Batch],
-    keeps: Sequence[torch.Tensor],
-    ablation: str,
-    progress: Progress | None = None,
-) -> torch.Tensor:
-    """Logit differences [len(keeps), N] with the components that are not kept [n] bool ablated."""
-    columns = []
-    with frozen(model):
-        for batch in batches:
-            instead = _activations(model, found, counterpart(batch)) if ablation == "patch" else None
-            column = []
-            for keep in keeps:
-                with ablated(found, keep, instead):
-                    column.append(_difference(model, batch))
-                if progress is not None:
-                    progress(1)
-            columns.append(torch.stack(column))
-    return torch.cat(columns, 1)
-
-
-def masked_differences(model: PreTrainedModel, mask: Mask, batches: Sequence[Batch]) -> torch.Tensor:
-    """Logit differences [N] under a mask; the weights are back afterwards, bit for bit."""
-    mask.apply(model, keep=True)
-    try:
-        return differences(model, batches)
-    finally:
-        mask.undo(model)
-
-
-def _difference(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    logits = model(**model_inputs(batch), use_cache=False, logits_to_keep=1).logits
-    return logit_difference(logits, batch).cpu()
-
-
-def _activations(model: PreTrainedModel, found: Components, batch: Batch) -> dict[str, torch.Tensor]:
-    """What enters each site, of the shape that the model has there."""
-    with torch.no_grad(), recorded(found) as seen:
-        model.base_model(**model_inputs(batch), use_cache=False)
-    return seen
-
 
 # Weights -----------------------------------------------------------------------------------------------------------
 
@@ -127,6 +78,7 @@ def score_weights(
     method: str,
     *,
     rule: str | Rule = "attnlrp",
+    target: str = "difference",
     reduce: str = "signed",
     seed: int = 0,
     progress: Progress | None = None,
@@ -135,6 +87,7 @@ def score_weights(
 
     Args:
         rule, reduce: as in sparc3.attribute; the reduction of integrated gradients is always signed.
+        target: what lrp and the gradients explain, of sparc3.tasks.TASK_TARGETS.
         progress: called with the number of samples done since the last call.
 
     Raises:
@@ -142,13 +95,14 @@ def score_weights(
     """
     if method not in WEIGHT_METHODS:
         raise InputError(f"method {method!r} does not score weights; use {' | '.join(WEIGHT_METHODS)}")
+    check_task_target(target)
     if method != "integrated-gradients":
         return attribute(
             model,
             batches,
             method,
             rule=rule,
-            target=logit_difference,
+            target=TASK_TARGETS[target],
             reduce=reduce,
             seed=seed,
             progress=progress,
@@ -158,14 +112,14 @@ def score_weights(
     for batch in batches:
         for share in _midpoints():
             with _interpolated(model, batch, share):
-                accumulate(model, [batch], Rule.parse("gradient"), logit_difference, "all", weights, sink)
+                accumulate(model, [batch], Rule.parse("gradient"), TASK_TARGETS[target], "all", weights, sink)
         if progress is not None:
             progress(len(batch["input_ids"]))
     return Scores(
         {name: total / _STEPS for name, total in sink.scores().items()},
         frozenset(name for name, weight in weights.items() if weight.transposed),
         fingerprint(model, {name: weight.weight for name, weight in weights.items()}),
-        {"method": method, "target": logit_difference.__name__, "reduce": "signed", "steps": _STEPS},
+        {"method": method, "target": target, "reduce": "signed", "steps": _STEPS},
     )
 
 
@@ -180,6 +134,7 @@ def score_components(
     *,
     ablation: str = "zero",
     rule: str | Rule = "attnlrp",
+    target: str = "difference",
     reduce: str = "signed",
     seed: int = 0,
     progress: Progress | None = None,
@@ -188,8 +143,9 @@ def score_components(
 
     Args:
         batches: of sparc3.tasks.task_batches.
-        ablation: zero | patch, what the score stands for.
+        ablation: zero | mean | patch, what the score stands for; means are taken over ``batches``.
         rule: for lrp; CP is welcome here.
+        target: what lrp and the gradients explain, of sparc3.tasks.TASK_TARGETS.
         reduce: signed | abs | square, how lrp, gradient and integrated-gradients are taken over samples.
         progress: called with the number of samples done since the last call.
 
@@ -197,7 +153,9 @@ def score_components(
         InputError: unknown method, ablation or reduction, exact ablation of neurons, or scores that are not finite.
     """
     check_component_settings(found.unit, method, ablation, reduce)
+    check_task_target(target)
     samples = sum(len(batch["input_ids"]) for batch in batches)
+    replace = replacement(model, found, ablation, batches)
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(len(found.names), generator=generator, dtype=torch.float64)
@@ -209,7 +167,7 @@ def score_components(
         each = ~torch.eye(len(found.names), dtype=torch.bool)
         share = samples / (len(batches) * len(each))
         tell = None if progress is None else lambda _: progress(share)  # type: ignore[arg-type]
-        without = ablated_differences(model, found, batches, list(each), ablation, tell)
+        without = ablated_differences(model, found, batches, list(each), replace, tell)
         scores = (differences(model, batches) - without).double().mean(1)
     else:
         parsed = Rule.parse(rule if method == "lrp" else "gradient")
@@ -217,13 +175,20 @@ def score_components(
         scores = torch.zeros(len(found.names), dtype=torch.float64)
         with wrap(model, parsed):
             for batch in batches:
-                each = _of_batch(model, found, batch, ablation, None if method == "activation" else shares)
+                path = None if method == "activation" else shares
+                each = _of_batch(model, found, batch, replace, target, path)
                 scores += COMPONENT_REDUCTIONS[reduce](each.double().cpu()) / samples
                 if progress is not None:
                     progress(len(each))
     if not scores.isfinite().all():
         raise InputError("the scores are not finite; the model overflows: run it with --dtype float32")
     return scores
+
+
+def check_task_target(target: str) -> None:
+    """InputError where no such target is known."""
+    if target not in TASK_TARGETS:
+        raise InputError(f"target {target!r} is not known; use {' | '.join(TASK_TARGETS)}")
 
 
 def check_component_settings(unit: str, method: str, ablation: str, reduce: str) -> None:
@@ -244,19 +209,23 @@ def check_component_settings(unit: str, method: str, ablation: str, reduce: str)
 
 
 def _of_batch(
-    model: PreTrainedModel, found: Components, batch: Batch, ablation: str, shares: Sequence[float] | None
+    model: PreTrainedModel,
+    found: Components,
+    batch: Batch,
+    replace: Replacement,
+    target: str,
+    shares: Sequence[float] | None,
 ) -> torch.Tensor:
     """[B, n]: (x - x') g with g the mean over ``shares`` of the path, or |x - x'| where there are none."""
     samples = len(batch["input_ids"])
-    change = {name: _wide(x) for name, x in _activations(model, found, batch).items()}
-    if ablation == "patch":
-        other = _activations(model, found, counterpart(batch))
-        change = {name: x - other[name] for name, x in change.items()}
+    change = {name: _wide(x) for name, x in activations(model, found, batch).items()}
+    if (instead := replace(batch)) is not None:
+        change = {name: x - instead[name] for name, x in change.items()}
     if shares is None:
         real = batch["attention_mask"].reshape(samples, -1, 1)
         weighted = {name: _by_sample(x.abs(), samples) * real for name, x in change.items()}
     else:
-        gradients = _gradients(model, found, batch, shares)
+        gradients = _gradients(model, found, batch, target, shares)
         weighted = {name: _by_sample(x * gradients[name], samples) for name, x in change.items()}
     return found.gather({name: x.sum(1) for name, x in weighted.items()})
 
@@ -271,7 +240,7 @@ def _by_sample(x: torch.Tensor, samples: int) -> torch.Tensor:
 
 
 def _gradients(
-    model: PreTrainedModel, found: Components, batch: Batch, shares: Sequence[float]
+    model: PreTrainedModel, found: Components, batch: Batch, target: str, shares: Sequence[float]
 ) -> dict[str, torch.Tensor]:
     """Mean gradient at each site, fp32, over inputs at these shares of the way from corrupted to clean."""
     blocks = Blocks(model)
@@ -287,7 +256,7 @@ def _gradients(
 
     for share in shares:
         with _interpolated(model, batch, share), at_sites(found, watch):
-            attribute_batch(blocks, batch, logit_difference)
+            attribute_batch(blocks, batch, TASK_TARGETS[target])
     return total
 
 
@@ -337,7 +306,7 @@ def _wanda(
     with frozen(model):
         for batch in batches:
             real = batch["attention_mask"].reshape(-1, 1)
-            for name, x in _activations(model, found, batch).items():
+            for name, x in activations(model, found, batch).items():
                 squares[name].add_((x.reshape(-1, x.shape[-1]).double().square() * real).sum(0))
             if progress is not None:
                 progress(len(batch["input_ids"]))

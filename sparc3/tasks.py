@@ -25,7 +25,7 @@ from sparc3 import bundled_text
 from sparc3.bundled_words import IOI_ENDINGS, NAMES
 from sparc3.errors import InputError
 from sparc3.samples import prompts
-from sparc3.targets import Batch
+from sparc3.targets import Batch, TargetFunction
 
 TASKS = ("ioi", "ioi:bundled", "greater-than")
 # Prompts that go through a model at once: some 20 tokens each, and the engine takes the logits of all of them.
@@ -206,10 +206,29 @@ def counterpart(batch: Batch) -> Batch:
 
 def logit_difference(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """[B]: the logit difference d at the last position of logits [B, T, V]; a target, see sparc3.targets."""
-    last = logits[:, -1]
-    last = last if last.dtype == torch.float64 else last.float()
+    last = _wide(logits[:, -1])
     right, wrong = (_log_sum_exp(last, batch[side]) for side in ("right", "wrong"))
     return right - wrong
+
+
+def _right_logit(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return _log_sum_exp(_wide(logits[:, -1]), batch["right"])
+
+
+def _right_logprob(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return _right_logit(logits, batch) - _wide(logits[:, -1]).logsumexp(1)
+
+
+# What relevance may explain of a task, beside what it is measured by: what is said for the right answers alone.
+TASK_TARGETS: dict[str, TargetFunction] = {
+    "difference": logit_difference,
+    "logit": _right_logit,
+    "logprob": _right_logprob,
+}
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _log_sum_exp(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 Whatever a component is, it writes to the residual stream through the linear that ends its attention or its MLP. So
 it is a set of channels that enter one of these linears, and to ablate it is to overwrite its channels there, at all
-positions, with zeros or with what they are on the corrupted prompt.
+positions, with something else (sparc3.ablation).
 
 ======= ================================================ =====================
 unit    a component is                                   name
@@ -42,12 +42,14 @@ class Site:
 
     Attributes:
         name: the linear's path in the model.
+        layer: index of its block.
         module: that linear.
         component: [channels] int64, indices into ``Components.names``, on the model's device.
         makers: the weights whose rows make these channels and nothing else (a neuron's gate and up); none for heads.
     """
 
     name: str
+    layer: int
     module: nn.Module
     component: torch.Tensor
     makers: tuple[Prunable, ...]
@@ -68,6 +70,11 @@ class Components:
         for site in self.sites:
             total.index_add_(-1, site.component, channels[site.name])
         return total
+
+    def first_ablated(self, keep: torch.Tensor, default: int) -> int:
+        """The first block with a component that is not kept [n] bool; ``default`` where all are."""
+        layers = [site.layer for site in self.sites if not keep[site.component.cpu()].all()]
+        return min(layers, default=default)
 
     def mask(self, model: PreTrainedModel, keep: torch.Tensor) -> Mask:
         """The weights of the components that are kept [n] bool: a mask whose zeros ablate the others.
@@ -115,12 +122,12 @@ def components(model: PreTrainedModel, unit: str) -> Components:
     numbers: dict[str, int] = {}
     sites: list[Site] = []
 
-    def add(name: str, labels: Sequence[str], makers: Sequence[Prunable] = ()) -> None:
+    def add(layer: int, name: str, labels: Sequence[str], makers: Sequence[Prunable] = ()) -> None:
         """Split the channels of a site evenly into components of these names; one that is known takes more."""
         weight = weights[f"{name}.weight"]
         own = torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
         component = own.repeat_interleave(_inputs(weight) // len(labels)).to(weight.weight.device)
-        sites.append(Site(name, weight.module, component, tuple(makers)))
+        sites.append(Site(name, layer, weight.module, component, tuple(makers)))
 
     for layer, block in enumerate(blocks_of(model)):
         prefix = f"{family.blocks}.{layer}"
@@ -131,7 +138,7 @@ def components(model: PreTrainedModel, unit: str) -> Components:
             "layer": [f"l{layer}"],
         }
         if unit in of_attention:
-            add(f"{prefix}.{family.attention_output}", of_attention[unit])
+            add(layer, f"{prefix}.{family.attention_output}", of_attention[unit])
         if unit in ("head", "kv-head"):
             continue
         if find(block, family.mlp_output) is None:
@@ -148,7 +155,7 @@ def components(model: PreTrainedModel, unit: str) -> Components:
             for key, weight in weights.items()
             if key.startswith(f"{prefix}.") and not key.startswith(inner)
         ]
-        add(name, labels, makers)
+        add(layer, name, labels, makers)
     return Components(unit, tuple(numbers), tuple(sites))
 
 

@@ -12,6 +12,7 @@ from oracle import reference_rules
 from tiny import build, state
 
 import sparc3
+from sparc3.ablation import ablated_differences, differences, replacement
 from sparc3.circuit import (
     GOAL,
     Point,
@@ -24,14 +25,7 @@ from sparc3.circuit import (
 )
 from sparc3.errors import InputError
 from sparc3.families import blocks_of, family_of, find, prunable
-from sparc3.ranking import (
-    COMPONENT_METHODS,
-    WEIGHT_METHODS,
-    ablated_differences,
-    differences,
-    score_components,
-    score_weights,
-)
+from sparc3.ranking import COMPONENT_METHODS, WEIGHT_METHODS, score_components, score_weights
 from sparc3.rules import Rule
 from sparc3.tasks import load_task, task_batches
 from sparc3.units import components
@@ -242,7 +236,9 @@ def test_a_point_is_what_the_kept_circuit_measures(unit, ablation):
             values = differences(pruned, batches)
         else:
             scores, kept = circuit.scores.abs(), keep
-            (values,) = ablated_differences(model, components(model, unit), batches, [keep], ablation)
+            found = components(model, unit)
+            replace = replacement(model, found, ablation, [])
+            (values,) = ablated_differences(model, found, batches, [keep], replace)
         assert int(kept.sum()) == point.kept
         if 0 < point.kept < search.total:
             assert scores[kept].min() >= scores[~kept].max()
@@ -361,7 +357,7 @@ def test_a_unit_that_the_task_does_not_need_is_said_so():
         (("weight", "lrp", "zero", "value", "cp"), "rule cp gives exactly zero relevance"),
         (("weight", "lrp", "zero", "value", "attnlrp", "mean"), "reduce 'mean' is not known"),
         (("neuron", "exact"), "exact ablation runs the model once for every component"),
-        (("head", "lrp", "mean"), "ablation 'mean' is not known; use zero | patch"),
+        (("head", "lrp", "swap"), "ablation 'swap' is not known; use zero | mean | patch"),
         (("head", "lrp", "zero", "size"), "ranking 'size' is not known; use magnitude | value"),
         (("head", "lrp", "zero", "value", "lxt"), "rule 'lxt' is not known"),
         (

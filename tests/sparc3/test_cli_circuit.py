@@ -11,8 +11,8 @@ from commands import run, succeed, succeed_json
 
 import sparc3
 from sparc3 import circuit as circuits
+from sparc3.ablation import differences
 from sparc3.mask import Mask
-from sparc3.ranking import differences
 from sparc3.tasks import SCHEMA, load_task, task_batches
 
 
@@ -140,7 +140,7 @@ def test_the_schema_needs_nothing_else():
         ("exact ablation runs the model once", ("--unit", "neuron", "--method", "exact")),
         ("method 'activation' scores components", ("--unit", "weight", "--compare", "activation")),
         ("weights are ablated by zero alone", ("--unit", "weight", "--ablation", "patch")),
-        ("ablation 'mean' is not known", ("--ablation", "mean")),
+        ("ablation 'swap' is not known", ("--ablation", "swap")),
         ("ranking 'up' is not known", ("--by", "up")),
         ("rule 'lxt' is not known", ("--rule", "lxt")),
         ("reduce 'token-square' is not known for components", ("--reduce", "token-square")),
