@@ -334,14 +334,14 @@ def agreement(scores: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
 
     Returns:
         pearson, spearman, and pearson_without_two: without the two components of the largest |exact|, which
-        otherwise make a correlation by themselves. NaN where one side does not vary.
+        otherwise make a correlation by themselves. NaN where one side does not vary, or fewer than three are left.
     """
     scores, exact = scores.double(), exact.double()
     others = torch.argsort(exact.abs(), descending=True, stable=True)[2:]
     return {
         "pearson": _pearson(scores, exact),
         "spearman": _pearson(_ranks(scores), _ranks(exact)),
-        "pearson_without_two": _pearson(scores[others], exact[others]),
+        "pearson_without_two": _pearson(scores[others], exact[others]) if len(others) > 2 else float("nan"),
     }
 
 

@@ -63,7 +63,11 @@ def circuit(
         ),
     ] = None,
     ablation: Annotated[
-        str, typer.Option(help="What replaces the rest: zero, or patch (its values on the corrupted prompt).")
+        str,
+        typer.Option(
+            help="What replaces the rest: zero, mean (over the ranking prompts), or patch (its values on the "
+            "corrupted prompt)."
+        ),
     ] = "zero",
     by: Annotated[
         str, typer.Option(help="Rank by magnitude, or by value: what works against the task goes first.")
@@ -74,6 +78,13 @@ def circuit(
             help="LRP rule: attnlrp | cp | gradient, or choices such as gradient,norm=constant (default)."
         ),
     ] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What lrp and the gradients explain: difference (of the right and the wrong answers' logits) | logit "
+            "| logprob (of the right answers)."
+        ),
+    ] = "difference",
     reduce: Annotated[
         str,
         typer.Option(
@@ -117,7 +128,7 @@ def circuit(
     methods = list(dict.fromkeys([method, *others]))
     rule = DEFAULT_RULE if rule is None else rule
     for name in methods:
-        check_circuit_settings(unit, name, ablation, by, rule, reduce)
+        check_circuit_settings(unit, name, ablation, by, rule, reduce, target)
     if keep is not None and not 0 <= keep <= 1:
         raise InputError(f"--keep {keep} is not a share: it must be in [0, 1]")
 
@@ -133,6 +144,7 @@ def circuit(
                 name,
                 by=by,
                 rule=rule,
+                target=target,
                 reduce=reduce,
                 seed=seed,
                 tell=lambda words: update(description=words, advance=1),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,9 +104,13 @@ def paired_interval(a: Perplexity, b: Perplexity, level: float = 0.95) -> Interv
         )
     if not 0 < level < 1:
         raise InputError(f"confidence level {level}: between 0 and 1, as 0.95")
-    difference = a.nll - b.nll
-    half = _t_quantile(level, len(difference) - 1) * difference.std().item() / math.sqrt(len(difference))
-    mean = difference.mean().item()
+    return mean_interval((a.nll - b.nll).tolist(), level)
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """The mean of at least two values, with Student's t-interval."""
+    half = _t_quantile(level, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
     return Interval(mean, mean - half, mean + half)
 
 

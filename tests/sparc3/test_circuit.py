@@ -1,4 +1,4 @@
-"""Scores of components and weights against plain autograd and ablation by hand; faithfulness by hand."""
+"""Circuits measured by ablation against runs by hand; faithfulness by hand."""
 
 import math
 from copy import deepcopy
@@ -8,8 +8,8 @@ import pytest
 import scipy.stats
 import torch
 import words
-from oracle import reference_rules
-from tiny import build, state
+from by_hand import examples_of, expected_means, model_of, reference
+from tiny import state
 
 import sparc3
 from sparc3.ablation import ablated_differences, differences, replacement
@@ -24,177 +24,43 @@ from sparc3.circuit import (
     faithfulness,
 )
 from sparc3.errors import InputError
-from sparc3.families import blocks_of, family_of, find, prunable
-from sparc3.ranking import COMPONENT_METHODS, WEIGHT_METHODS, score_components, score_weights
-from sparc3.rules import Rule
+from sparc3.families import prunable
+from sparc3.ranking import COMPONENT_METHODS, WEIGHT_METHODS
 from sparc3.tasks import load_task, task_batches
 from sparc3.units import components
 
-# fp32 against fp64: sums of some hundred terms that partly cancel, relative to the largest score.
-TOLERANCE = 1e-4
-STEPS = 5
-
-
-def model_of(name):
-    return build(name, vocab_size=words.VOCABULARY)
-
-
-def examples_of(model):
-    return letters.task(model).ranking
-
-
-def reference(model, example, rule="gradient", corrupted=False, share=1.0):
-    """One example alone in fp64, with plain autograd: (d, {site: (x, gradient) [T, channels]}, {weight: gradient}).
-
-    With a share below 1 the embeddings lie between those of the corrupted (0) and the clean prompt.
-    """
-    copy = deepcopy(model).double()
-    for parameter in copy.parameters():
-        parameter.requires_grad_(True)
-    family, sites = family_of(copy), {}
-
-    def keep(name, x):
-        x.retain_grad()
-        sites[name] = x
-
-    for layer, block in enumerate(blocks_of(copy)):
-        for path in (family.attention_output, family.mlp_output):
-            module, name = find(block, path), f"{family.blocks}.{layer}.{path}"
-            if module is not None:
-                module.register_forward_pre_hook(lambda m, args, name=name: keep(name, args[0]))
-    clean, other = (
-        torch.tensor([[words.BOS, *words.ids(text)]]) for text in (example.prompt, example.corrupted)
-    )
-    embed = copy.get_input_embeddings()
-    table = embed.weight.detach()
-    if share < 1:
-        mixed = (1 - share) * table[other] + share * table[clean]
-        embed.register_forward_hook(lambda m, args, output: mixed.requires_grad_())
-    with reference_rules(copy, Rule.parse(rule)):
-        logits = copy(other if corrupted else clean, use_cache=False).logits[0, -1]
-        (right,), (wrong,) = example.right_ids, example.wrong_ids
-        value = logits[right] - logits[wrong]
-        value.backward()
-    seen = {name: (x.detach().flatten(0, -2), x.grad.flatten(0, -2)) for name, x in sites.items()}
-    return value.item(), seen, {name: p.grad for name, p in copy.named_parameters() if p.grad is not None}
-
-
-def expected_scores(model, found, examples, rule="gradient", patch=False, shares=(1.0,), reduce="signed"):
-    rows = []
-    for example in examples:
-        _, clean, _ = reference(model, example)
-        _, other, _ = reference(model, example, corrupted=True)
-        gradients = [reference(model, example, rule, share=share)[1] for share in shares]
-        row = torch.zeros(len(found.names), dtype=torch.float64)
-        for site in found.sites:
-            x = clean[site.name][0] - (other[site.name][0] if patch else 0)
-            g = sum(one[site.name][1] for one in gradients) / len(shares)
-            for channel, component in enumerate(site.component.tolist()):
-                row[component] += (x[:, channel] * g[:, channel]).sum()
-        rows.append(row)
-    rows = torch.stack(rows)
-    return {"signed": rows, "abs": rows.abs(), "square": rows.square()}[reduce].mean(0)
-
-
-def close(ours, theirs):
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max().item() <= TOLERANCE * theirs.abs().max().item()
-
-
-@pytest.mark.parametrize("patch", [False, True])
-@pytest.mark.parametrize("unit", ["head", "neuron", "layer", "node"])
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
-def test_relevance_of_components_is_activation_times_gradient_under_the_oracle(name, unit, patch):
-    model = model_of(name)
-    examples, found = examples_of(model), components(model, unit)
-    ablation = "patch" if patch else "zero"
-    batches = task_batches(model, words.tokenizer(), examples)
-    for method, rule in (("lrp", "attnlrp"), ("lrp", "gradient,norm=constant"), ("gradient", "gradient")):
-        ours = score_components(model, found, batches, method, ablation=ablation, rule=rule)
-        close(ours, expected_scores(model, found, examples, rule, patch))
-
-
-@pytest.mark.parametrize("reduce", ["abs", "square"])
-def test_reductions_are_over_samples_of_whole_components(reduce):
-    model = model_of("llama")
-    examples, found = examples_of(model), components(model, "head")
-    batches = task_batches(model, words.tokenizer(), examples)
-    ours = score_components(model, found, batches, "lrp", rule="attnlrp", reduce=reduce)
-    close(ours, expected_scores(model, found, examples, "attnlrp", reduce=reduce))
-
-
-@pytest.mark.parametrize("patch", [False, True])
-def test_integrated_gradients_average_along_the_path(patch):
-    model = model_of("llama")
-    examples, found = examples_of(model), components(model, "head")
-    batches = task_batches(model, words.tokenizer(), examples)
-    ours = score_components(
-        model, found, batches, "integrated-gradients", ablation="patch" if patch else "zero"
-    )
-    shares = [(step + 0.5) / STEPS for step in range(STEPS)]
-    close(ours, expected_scores(model, found, examples, patch=patch, shares=shares))
-    scores = score_weights(model, batches, "integrated-gradients")
-    for name, weight in prunable(model).items():
-        gradient = (
-            sum(reference(model, one, share=share)[2][name] for one in examples for share in shares) / STEPS
-        )
-        close(scores.tensors[name].double(), weight.weight.detach().double() * gradient)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_weights_are_scored_for_the_logit_difference(name):
-    model = model_of(name)
-    examples = examples_of(model)
-    batches = task_batches(model, words.tokenizer(), examples)
-    scores = score_weights(model, batches, "lrp", rule="attnlrp")
-    each = [reference(model, one, "attnlrp")[2] for one in examples]
-    for key, weight in prunable(model).items():
-        expected = weight.weight.detach().double() * sum(one[key] for one in each)
-        close(scores.tensors[key].double(), weight.canonical(expected))
-
-
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
-def test_exact_scores_of_heads_are_what_zeroing_columns_costs(name):
-    model = model_of(name)
-    examples, found = examples_of(model), components(model, "head")
-    ours = score_components(model, found, task_batches(model, words.tokenizer(), examples), "exact")
-    whole = torch.tensor([reference(model, one)[0] for one in examples], dtype=torch.float64)
-    for number in range(8):
-        copy = deepcopy(model)
-        weight = find(blocks_of(copy)[number // 4], family_of(copy).attention_output).weight.data
-        channels = slice(8 * (number % 4), 8 * (number % 4) + 8)
-        (weight if name == "gpt2" else weight.mT)[channels] = 0
-        without = torch.tensor([reference(copy, one)[0] for one in examples], dtype=torch.float64)
-        assert ours[number].item() == pytest.approx((whole - without).mean().item(), abs=1e-5)
-
-
-def test_activation_magnitude_and_wanda_by_hand():
-    model = model_of("llama")
-    examples, found = examples_of(model), components(model, "neuron")
-    batches = task_batches(model, words.tokenizer(), examples)
-    size, square, moved = (torch.zeros(2, 48, dtype=torch.float64) for _ in range(3))
-    for one in examples:
-        _, clean, _ = reference(model, one)
-        _, other, _ = reference(model, one, corrupted=True)
-        for layer in range(2):
-            x = clean[f"model.layers.{layer}.mlp.down_proj"][0]
-            size[layer] += x.abs().sum(0) / len(examples)
-            square[layer] += x.square().sum(0)
-            moved[layer] += (x - other[f"model.layers.{layer}.mlp.down_proj"][0]).abs().sum(0) / len(examples)
-    column, row = [], []
-    for block in model.model.layers:
-        column.append(block.mlp.down_proj.weight.double().abs().sum(0))
-        row.append(
-            (block.mlp.gate_proj.weight.double().abs() + block.mlp.up_proj.weight.double().abs()).sum(1)
-        )
-    column, row = torch.stack(column).detach(), torch.stack(row).detach()
-    close(score_components(model, found, batches, "activation"), size.flatten())
-    close(score_components(model, found, batches, "activation", ablation="patch"), moved.flatten())
-    close(score_components(model, found, batches, "wanda"), (square.sqrt() * column).flatten())
-    close(score_components(model, found, batches, "magnitude"), (column + row).flatten())
-
-
 # Measuring
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean", "patch"])
+def test_ablating_is_overwriting_in_a_run_of_the_whole_model(ablation):
+    model = model_of("llama")
+    examples, found = examples_of(model), components(model, "node")
+    batches = task_batches(model, words.tokenizer(), examples)
+    replace = replacement(model, found, ablation, batches)
+    keeps = [torch.tensor([index != gone for index in range(10)]) for gone in (0, 4, 7, 9, 10)]
+    ours = ablated_differences(model, found, batches, keeps, replace)
+    means = expected_means(model, examples)
+    for keep, row in zip(keeps, ours, strict=True):
+        for example, value in zip(examples, row, strict=True):
+            other = reference(model, example, corrupted=True)[1]
+            handles = []
+            for site in found.sites:
+                x = {"zero": torch.zeros(1), "mean": means[site.name], "patch": other[site.name][0]}[ablation]
+                kept = keep[site.component]
+
+                def overwrite(module, args, x=x, kept=kept):
+                    return (torch.where(kept, args[0], x.float()),)
+
+                handles.append(site.module.register_forward_pre_hook(overwrite))
+            with torch.no_grad():
+                ids = torch.tensor([[words.BOS, *words.ids(example.prompt)]])
+                logits = model(ids, use_cache=False).logits[0, -1]
+            for handle in handles:
+                handle.remove()
+            expected = logits[example.right_ids[0]] - logits[example.wrong_ids[0]]
+            # fp32 sums in another order where the batch is padded.
+            assert value.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("unit", ["weight", "head", "neuron", "layer"])
@@ -359,6 +225,7 @@ def test_a_unit_that_the_task_does_not_need_is_said_so():
         (("neuron", "exact"), "exact ablation runs the model once for every component"),
         (("head", "lrp", "swap"), "ablation 'swap' is not known; use zero | mean | patch"),
         (("head", "lrp", "zero", "size"), "ranking 'size' is not known; use magnitude | value"),
+        (("head", "lrp", "zero", "value", "gradient", "signed", "loss"), "target 'loss' is not known"),
         (("head", "lrp", "zero", "value", "lxt"), "rule 'lxt' is not known"),
         (
             ("head", "lrp", "zero", "value", "cp", "token-square"),

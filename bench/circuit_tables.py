@@ -1,0 +1,125 @@
+"""The rows of bench/circuits.py as Markdown: means over seeds with Student's t-intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sparc3.evaluate import mean_interval
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """A heading, what was measured, and the tables of the study."""
+    note = f" ({data['note']})" if data["note"] else ""
+    lines = [f"### {data['study']}, {data['model']}{note}\n"]
+    tables = {"agreement": _agreement, "rules": _rules, "tables": _circuits}[data["study"]]
+    return "\n".join([*lines, *tables(data)]) + "\n"
+
+
+def _groups(rows: Iterable[dict[str, Any]], *names: str) -> dict[tuple, list[dict[str, Any]]]:
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(name) for name in names), []).append(row)
+    return found
+
+
+def _agreement(data: dict[str, Any]) -> list[str]:
+    rows = [row for row in data["rows"] if row["method"] != "exact"]
+    lines = [
+        f"Scores of single heads and MLPs against exact ablation, {data['examples']} examples a seed: Pearson / "
+        "Spearman / Pearson without the two largest, mean over seeds. Rules are chosen on ranking examples.\n"
+    ]
+    for (side, ablation), part in _groups(rows, "side", "ablation").items():
+        seeds = sorted({row["seed"] for row in part})
+        lines += [
+            f"{side} examples, {ablation} ablation, seeds {seeds}:\n",
+            "| score | heads | MLPs | least |\n|---|---|---|---|",
+        ]
+        table = []
+        for (method, rule), same in _groups(part, "method", "rule").items():
+            means = [
+                [_mean(row[kind][name] for row in same) for name in _NAMES] for kind in ("heads", "mlps")
+            ]
+            cells = [" / ".join(f"{value:.3f}".replace("nan", "-") for value in each) for each in means]
+            table.append(
+                (min(map(min, means)), f"| {short_rule(rule) or method} | {cells[0]} | {cells[1]} |")
+            )
+        lines += [f"{line} {least:.3f} |" for least, line in sorted(table, key=lambda pair: -pair[0])]
+        lines.append("")
+    return lines
+
+
+_NAMES = ("pearson", "spearman", "pearson_without_two")
+
+
+def _rules(data: dict[str, Any]) -> list[str]:
+    units = list(dict.fromkeys(row["unit"] for row in data["rows"]))
+    seeds = sorted({row["seed"] for row in data["rows"]})
+    lines = [
+        f"Development examples ({data['examples']} to rank on, {data['examples']} to judge on, of the ranking "
+        f"side's templates), zero ablation, seeds {seeds}: share that keeps 0.9 of the accuracy (geometric mean), "
+        "and CPR.\n",
+        "| rule | target | reduction | " + " | ".join(units) + " |\n|---|---|---|" + "---|" * len(units),
+    ]
+    table = []
+    for (rule, target, reduce), same in _groups(data["rows"], "rule", "target", "reduce").items():
+        of_unit = {unit: [row for row in same if row["unit"] == unit] for unit in units}
+        cells = [
+            f"{_share(part):.2%}, {_mean(row['cpr'] for row in part):.3f}" if part else ""
+            for part in of_unit.values()
+        ]
+        order = sum(math.log(_share(part)) for part in of_unit.values() if part)
+        table.append((order, f"| {short_rule(rule)} | {target} | {reduce} | " + " | ".join(cells) + " |"))
+    return lines + [line for _, line in sorted(table, key=lambda pair: pair[0])]
+
+
+def _circuits(data: dict[str, Any]) -> list[str]:
+    lines = []
+    for (unit, ablation), part in _groups(data["rows"], "unit", "ablation").items():
+        seeds = sorted({row["seed"] for row in part})
+        lines += [
+            f"{unit}s, {ablation} ablation, {data['examples']} judging examples a seed, seeds {seeds}. Share: the "
+            "smallest circuit with 0.9 of the accuracy, geometric mean over seeds; against: LRP's share over "
+            "this one's, with the 95 % interval over seeds.\n",
+            "| method | share | LRP's share over it | CPR | CMD |\n|---|---|---|---|---|",
+        ]
+        of = {method: same for (method,), same in _groups(part, "method").items()}
+        for method, same in sorted(of.items(), key=lambda item: _share(item[1])):
+            cpr, cmd = (_mean(row[name] for row in same) for name in ("cpr", "cmd"))
+            ratio = "" if method == "lrp" else _ratio(of.get("lrp", []), same)
+            lines.append(f"| {method} | {_share(same):.2%} | {ratio} | {cpr:.3f} | {cmd:.3f} |")
+        lines.append("")
+    return lines
+
+
+def _ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> str:
+    by_seed = {row["seed"]: row for row in ours}
+    logs = [_log_share(by_seed[row["seed"]]) - _log_share(row) for row in theirs if row["seed"] in by_seed]
+    if not logs:
+        return ""
+    if len(logs) < 2:
+        return f"{math.exp(logs[0]):.2f}"
+    mean, low, high = (math.exp(value) for value in mean_interval(logs))
+    return f"{mean:.2f} ({low:.2f}, {high:.2f})"
+
+
+def _log_share(row: dict[str, Any]) -> float:
+    return math.log(row["sparsest"]["fraction"])
+
+
+def _share(rows: Sequence[dict[str, Any]]) -> float:
+    return math.exp(_mean(map(_log_share, rows)))
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    """NaN, which JSON has as null, where a value is."""
+    known = [math.nan if value is None else value for value in values]
+    return sum(known) / len(known)
+
+
+def short_rule(rule: str | None) -> str:
+    """A rule by the choices that are not the gradient's."""
+    if rule is None:
+        return ""
+    return ", ".join(word for word in rule.split(",") if not word.endswith("=gradient")) or "gradient"

@@ -1,0 +1,211 @@
+"""Circuits of tasks, seed by seed: how scores agree with exact ablation, which rule is best, and how sparse they are.
+
+    python bench/circuits.py agreement              # relevance against exact ablation, head by head and MLP by MLP
+    python bench/circuits.py rules                  # every rule, reduction and target, on development examples
+    python bench/circuits.py tables                 # the defaults beside their peers, on judging examples
+    python bench/circuits.py tables --model gemma3  # one model
+
+Models: smollm2 and gemma3 (dequantised, see real_models) and the two bundled ones; the task is indirect objects. A
+task's ranking examples are drawn from other templates and names than its judging examples. Rules are chosen on
+ranking examples alone ("rules", and "agreement" marked ranking); judging examples are for reporting.
+
+Results are kept row by row in bench/results/circuits-STUDY-MODEL.json, beside a Markdown table; what is in the file
+is not measured again, so an interrupted study goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import circuit_tables
+import torch
+import typer
+from attribution_cases import load_benchmark_model
+from rich.console import Console
+
+from sparc3.circuit import Search, agreement
+from sparc3.ranking import score_components
+from sparc3.report import as_json, versions
+from sparc3.tasks import Task, load_task, task_batches
+from sparc3.units import components
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = ("tiny-llama", "tiny-opt", "smollm2", "gemma3")
+console = Console(stderr=True, width=140)
+
+# Every choice of a part's rule; products of gated MLPs follow their activation (see sparc3.rules).
+_MLPS = (
+    "activation=gradient,gate=gradient",
+    "activation=identity,gate=gradient",
+    "activation=identity,gate=half",
+)
+RULES = tuple(
+    f"norm={norm},{mlp},attention={attention}"
+    for norm, mlp, attention in product(("gradient", "constant"), _MLPS, ("gradient", "half", "value"))
+)
+REDUCTIONS = ("signed", "abs", "square")
+TARGETS = ("difference", "logit", "logprob")
+
+
+class Rows:
+    """The rows of a study and a model: those in the file, and those that are added to it."""
+
+    def __init__(self, study: str, model: str, about: dict[str, Any]) -> None:
+        self.path = RESULTS / f"circuits-{study}-{Path(model).name}.json"
+        self.data: dict[str, Any] = {"study": study, "model": model, **about, "rows": []}
+        if self.path.exists():
+            known = json.loads(self.path.read_text())
+            if known["examples"] != about["examples"]:
+                raise typer.BadParameter(
+                    f"{self.path} was measured on {known['examples']} examples; move it away to measure anew"
+                )
+            self.data["rows"] = known["rows"]
+
+    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """The row of a key, where it is there."""
+        rows = self.data["rows"]
+        return next((row for row in rows if all(row.get(name) == key[name] for name in key)), None)
+
+    def measure(self, key: dict[str, Any], function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of a key, measured unless it is there; the file is written whole."""
+        if (known := self.find(key)) is not None:
+            return known
+        start = time.perf_counter()
+        row = key | function()
+        console.print(f"  {time.perf_counter() - start:6.0f} s  {key}")
+        self.data["rows"].append(row)
+        self.data |= {"date": time.strftime("%Y-%m-%d"), **versions()}
+        unfinished = self.path.with_suffix(".partial")
+        unfinished.write_text(as_json(self.data) + "\n")
+        unfinished.replace(self.path)
+        self.path.with_suffix(".md").write_text(circuit_tables.markdown(self.data))
+        return row
+
+
+class Study:
+    """A model and its task, drawn anew for every seed."""
+
+    def __init__(self, study: str, model: str, examples: int) -> None:
+        self.loaded = load_benchmark_model(model)
+        self.model, self.tokenizer = self.loaded.model, self.loaded.tokenizer
+        self.bundled, self.examples = model.startswith("tiny-"), examples
+        self.rows = Rows(study, model, {"note": self.loaded.note, "task": "ioi", "examples": examples})
+
+    def task(self, seed: int) -> Task:
+        return load_task("ioi", self.tokenizer, self.examples, seed, self.bundled)
+
+    def development(self, seed: int) -> Task:
+        """Ranking examples alone: ranked on some templates and judged on the others."""
+        task = load_task("ioi", self.tokenizer, 2 * self.examples, seed, self.bundled)
+        groups = sorted({one.group for one in task.ranking})
+        sides: tuple[list, list] = ([], [])
+        for one in task.ranking:
+            sides[groups.index(one.group) % 2].append(one)
+        ranking, judging = (tuple(side[: self.examples]) for side in sides)
+        return Task(task.name, ranking, judging)
+
+
+def run_agreement(study: Study, seeds: int, units: list[str]) -> None:
+    """Scores of every head and MLP against exact ablation: ranking examples of one seed, judging ones of all."""
+    sides = [("ranking", 0), *(("judging", seed) for seed in range(seeds))]
+    for (side, seed), ablation in product(sides, ("zero", "patch")):
+        _agreement(study, side, seed, ablation)
+
+
+def _agreement(study: Study, side: str, seed: int, ablation: str) -> None:
+    model, found = study.model, components(study.model, "node")
+    batches = task_batches(model, study.tokenizer, getattr(study.task(seed), side))
+
+    def scores(method: str, rule: str) -> list[float]:
+        values = score_components(model, found, batches, method, ablation=ablation, rule=rule)
+        return [float(f"{value:.6g}") for value in values.tolist()]
+
+    def against_exact(method: str, rule: str) -> dict[str, Any]:
+        values = scores(method, rule)
+        row: dict[str, Any] = {"scores": values}
+        for kind, letter in (("heads", "a"), ("mlps", "m")):
+            chosen = [index for index, name in enumerate(found.names) if name.startswith(letter)]
+            row[kind] = agreement(torch.tensor(values)[chosen], torch.tensor(exact)[chosen])
+        return row
+
+    key = {"side": side, "seed": seed, "ablation": ablation}
+    exact = study.rows.measure(key | {"method": "exact"}, lambda: {"scores": scores("exact", "gradient")})[
+        "scores"
+    ]
+    for method, rule in (("integrated-gradients", None), *(("lrp", rule) for rule in RULES)):
+        study.rows.measure(
+            key | {"method": method, "rule": rule}, partial(against_exact, method, rule or "gradient")
+        )
+
+
+def run_rules(study: Study, seeds: int, units: list[str]) -> None:
+    """Every rule with every reduction and target, on development examples."""
+    for seed, unit in product(range(seeds), units):
+        search = Search(study.model, study.tokenizer, study.development(seed), unit)
+        cases = [(rule, "difference", "signed") for rule in _rules(study, unit)]
+        if study.bundled:
+            cases = list(product(_rules(study, unit), TARGETS, REDUCTIONS))
+        for rule, target, reduce in cases:
+            key = {"seed": seed, "unit": unit, "rule": rule, "target": target, "reduce": reduce}
+            study.rows.measure(key, partial(_find, search, "lrp", rule=rule, target=target, reduce=reduce))
+
+
+def _rules(study: Study, unit: str) -> Iterator[str]:
+    for rule in RULES:
+        if unit == "weight" and "attention=value" in rule:
+            continue  # gives queries and keys no relevance
+        yield rule
+
+
+# Random and magnitude are the same whatever is explained; Wanda's weights are ranked within rows, as published.
+_PEERS = ("gradient", "integrated-gradients", "wanda", "magnitude", "random")
+
+
+def run_tables(study: Study, seeds: int, units: list[str]) -> None:
+    """The default beside its peers: how much of the model still does the task, on judging examples."""
+    for seed, unit in product(range(seeds), units):
+        for ablation in ("zero",) if unit == "weight" else ("zero", "patch"):
+            peers = (*_PEERS, *(() if unit == "weight" else ("activation",)))
+            keys = [
+                {"seed": seed, "unit": unit, "ablation": ablation, "method": name} for name in ("lrp", *peers)
+            ]
+            if all(study.rows.find(key) for key in keys):
+                continue
+            search = Search(study.model, study.tokenizer, study.task(seed), unit, ablation)
+            for key in keys:
+                study.rows.measure(key, partial(_find, search, key["method"], seed=seed))
+
+
+def _find(search: Search, method: str, **settings: Any) -> dict[str, Any]:
+    found = search.find(method, **settings).described()
+    return {name: found[name] for name in ("settings", "curve", "cpr", "cmd", "sparsest", "seconds")}
+
+
+STUDIES = {"agreement": run_agreement, "rules": run_rules, "tables": run_tables}
+
+
+def main(
+    study: Annotated[str, typer.Argument(help=" | ".join(STUDIES))],
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"{' | '.join(MODELS)} | a folder; all if none")
+    ] = None,
+    unit: Annotated[
+        list[str] | None, typer.Option(help="weight | neuron | head ...; the first two if none")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="On each side.")] = 32,
+    seeds: int = 3,
+) -> None:
+    """Run a study, and write its rows and its tables to bench/results."""
+    for name in model or MODELS:
+        console.print(f"{study}, {name}:")
+        STUDIES[study](Study(study, name, examples), seeds, unit or ["weight", "neuron"])
+
+
+if __name__ == "__main__":
+    typer.run(main)

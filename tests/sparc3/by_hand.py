@@ -1,0 +1,99 @@
+"""Runs and scores of components in fp64 with plain autograd, one example at a time."""
+
+from copy import deepcopy
+
+import letters
+import torch
+import words
+from oracle import reference_rules
+from tiny import build
+
+from sparc3.families import blocks_of, family_of, find
+from sparc3.rules import Rule
+
+# fp32 against fp64: sums of some hundred terms that partly cancel, relative to the largest score.
+TOLERANCE = 1e-4
+STEPS = 5
+
+
+def model_of(name):
+    return build(name, vocab_size=words.VOCABULARY)
+
+
+def examples_of(model):
+    return letters.task(model).ranking
+
+
+def reference(model, example, rule="gradient", corrupted=False, share=1.0, target="difference"):
+    """One example alone in fp64, with plain autograd: (d, {site: (x, gradient) [T, channels]}, {weight: gradient}).
+
+    With a share below 1 the embeddings lie between those of the corrupted (0) and the clean prompt.
+    """
+    copy = deepcopy(model).double()
+    for parameter in copy.parameters():
+        parameter.requires_grad_(True)
+    family, sites = family_of(copy), {}
+
+    def keep(name, x):
+        x.retain_grad()
+        sites[name] = x
+
+    for layer, block in enumerate(blocks_of(copy)):
+        for path in (family.attention_output, family.mlp_output):
+            module, name = find(block, path), f"{family.blocks}.{layer}.{path}"
+            if module is not None:
+                module.register_forward_pre_hook(lambda m, args, name=name: keep(name, args[0]))
+    clean, other = (
+        torch.tensor([[words.BOS, *words.ids(text)]]) for text in (example.prompt, example.corrupted)
+    )
+    embed = copy.get_input_embeddings()
+    table = embed.weight.detach()
+    if share < 1:
+        mixed = (1 - share) * table[other] + share * table[clean]
+        embed.register_forward_hook(lambda m, args, output: mixed.requires_grad_())
+    with reference_rules(copy, Rule.parse(rule)):
+        logits = copy(other if corrupted else clean, use_cache=False).logits[0, -1]
+        (right,), (wrong,) = example.right_ids, example.wrong_ids
+        minus = {"difference": logits[wrong], "logit": 0.0, "logprob": logits.logsumexp(0)}
+        value = logits[right] - minus[target]
+        value.backward()
+    seen = {name: (x.detach().flatten(0, -2), x.grad.flatten(0, -2)) for name, x in sites.items()}
+    return value.item(), seen, {name: p.grad for name, p in copy.named_parameters() if p.grad is not None}
+
+
+def expected_scores(
+    model,
+    found,
+    examples,
+    rule="gradient",
+    ablation="zero",
+    shares=(1.0,),
+    reduce="signed",
+    target="difference",
+):
+    rows, means = [], expected_means(model, examples) if ablation == "mean" else {}
+    for example in examples:
+        _, clean, _ = reference(model, example)
+        _, other, _ = reference(model, example, corrupted=True)
+        gradients = [reference(model, example, rule, share=share, target=target)[1] for share in shares]
+        row = torch.zeros(len(found.names), dtype=torch.float64)
+        for site in found.sites:
+            instead = {"zero": 0, "mean": means.get(site.name), "patch": other[site.name][0]}[ablation]
+            x = clean[site.name][0] - instead
+            g = sum(one[site.name][1] for one in gradients) / len(shares)
+            for channel, component in enumerate(site.component.tolist()):
+                row[component] += (x[:, channel] * g[:, channel]).sum()
+        rows.append(row)
+    rows = torch.stack(rows)
+    return {"signed": rows, "abs": rows.abs(), "square": rows.square()}[reduce].mean(0)
+
+
+def expected_means(model, examples):
+    """{site: [channels]} over all tokens of the prompts."""
+    runs = [reference(model, example)[1] for example in examples]
+    return {name: torch.cat([run[name][0] for run in runs]).mean(0) for name in runs[0]}
+
+
+def close(ours, theirs):
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max().item() <= TOLERANCE * theirs.abs().max().item()
