@@ -16,6 +16,7 @@ from sparc3.registration import register as _register
 if TYPE_CHECKING:
     from sparc3.compress import compare as compare
     from sparc3.compress import prune as prune
+    from sparc3.correct import Correction as Correction
     from sparc3.errors import InputError as InputError
     from sparc3.evaluate import paired_interval as paired_interval
     from sparc3.evaluate import perplexity as perplexity
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sparc3.scores import attribute as attribute
 
 _HOME = {
+    "Correction": "correct",
     "InputError": "errors",
     "Mask": "mask",
     "Rule": "rules",

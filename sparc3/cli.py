@@ -11,12 +11,23 @@ import typer
 from rich.table import Table
 
 import sparc3
-from sparc3 import cli_bench, cli_circuit, cli_explain, cli_export, cli_generate, cli_mask, cli_prune, console
+from sparc3 import (
+    cli_bench,
+    cli_circuit,
+    cli_correct,
+    cli_explain,
+    cli_export,
+    cli_generate,
+    cli_mask,
+    cli_prune,
+    console,
+)
 from sparc3.console import AsJson, Device, Dtype, Length, Text
 
 app = typer.Typer(cls=console.Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(cli_prune.prune)
 app.command()(cli_circuit.circuit)
+app.command()(cli_correct.correct)
 app.command()(cli_explain.explain)
 app.command()(cli_export.export)
 app.command()(cli_generate.generate)

@@ -25,6 +25,9 @@ th, td { padding: 2px 8px; text-align: right; font-variant-numeric: tabular-nums
 th { border-bottom: 1px solid #999; font-weight: 600; }
 td:first-child, th:first-child { text-align: left; white-space: pre; }
 .note { color: #555; }
+th.text { text-align: left; }
+td.text { text-align: left; white-space: pre-wrap; vertical-align: top; border-bottom: 1px solid #ddd; }
+svg { max-width: 100%; height: auto; }
 """
 
 
@@ -112,6 +115,21 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     header = "".join(f"<th>{escape(column)}</th>" for column in columns)
     return f"<table><tr>{header}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Longer texts side by side; what cannot be printed is made visible, line ends stay."""
+    header = "".join(f'<th class="text">{escape(name)}</th>' for name in names)
+    lines = []
+    for row in rows:
+        texts = ("".join(c if c == "\n" else _visible(c) for c in text) for text in row)
+        lines.append("<tr>" + "".join(f'<td class="text">{escape(text)}</td>' for text in texts) + "</tr>")
+    return f"<table><tr>{header}</tr>{''.join(lines)}</table>"
+
+
+def drawing(svg: str) -> str:
+    """A drawing as part of the page, from a whole SVG document."""
+    return svg[svg.index("<svg") :]
 
 
 def paragraph(text: str, kind: str = "") -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sparc3.models import Loaded
 
 # One colour a method, the same in every plot; LRP stands out, the others recede.
-_COLOURS = {
+METHOD_COLOURS = {
     "lrp": "#d1495b",
     "gradient": "#edae49",
     "ria": "#00798c",
@@ -178,7 +178,7 @@ def _draw_line(axes: Any, method: str, points: Sequence[tuple[float, float]]) ->
         marker="o",
         markersize=5 if leading else 3.5,
         linewidth=2.6 if leading else 1.4,
-        color=_COLOURS.get(method),
+        color=METHOD_COLOURS.get(method),
         label=method,
     )
 

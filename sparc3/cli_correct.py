@@ -1,0 +1,323 @@
+"""sparc3 correct: remove the few weights, neurons or heads behind an undesired behaviour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+import sparc3
+from sparc3 import console
+from sparc3.console import AsJson, Device, Dtype, Force, Length
+from sparc3.errors import InputError
+
+if TYPE_CHECKING:
+    from sparc3.behaviours import Behaviour
+    from sparc3.correct import Correction, Found, Measured
+    from sparc3.mask import Mask
+    from sparc3.models import Loaded
+
+
+def correct(
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for the corrected model, its mask, report.json and page; must not exist."),
+    ],
+    model: Annotated[
+        str, typer.Argument(help="A folder, a hub id, a .gguf file, tiny-llama or tiny-opt.")
+    ] = "tiny-llama",
+    behaviour: Annotated[
+        str,
+        typer.Option(
+            help="repetition (at most half of the tokens are different) | insults (of the bundled models) | toxicity "
+            "(see --scorer) | answers (texts that --undesired names)."
+        ),
+    ] = "insults",
+    undesired: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts that provoke it: a text file, one a line, or .jsonl with the fields prompt and, for "
+            "answers, undesired (a text or a list). Bundled models have their own for insults and repetition.",
+        ),
+    ] = None,
+    general: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Text that is to stay as it is: a .txt or .jsonl file, bundled, c4, wikitext2 or hf:NAME. "
+            "Repeatable.",
+        ),
+    ] = None,
+    eval_text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE", help="Held-out text to measure perplexity on; without it, a half of --general."
+        ),
+    ] = None,
+    unit: Annotated[str, typer.Option(help="What is removed: weight | neuron | head.")] = "neuron",
+    method: Annotated[
+        str, typer.Option(help="lrp | gradient | random, and for neurons and heads activation.")
+    ] = "lrp",
+    contrast: Annotated[
+        str,
+        typer.Option(help="difference (general minus undesired relevance, lowest first) | set-difference."),
+    ] = "difference",
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,C",
+            help="Methods to measure beside --method, as gradient,random or lrp:set-difference.",
+        ),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Remove so many. Without --count or --fraction N is chosen.")
+    ] = None,
+    fraction: Annotated[float | None, typer.Option(help="Remove this share.")] = None,
+    budget: Annotated[
+        float, typer.Option(min=0, help="Where N is chosen: perplexity may be worse by this share.")
+    ] = 0.01,
+    points: Annotated[
+        int, typer.Option(min=1, help="How many N to measure, each half the next; the plot has them all.")
+    ] = 6,
+    rule: Annotated[str | None, typer.Option(help="LRP rule, as in prune. Default: attnlrp.")] = None,
+    target: Annotated[
+        str, typer.Option(help="What lrp and gradient explain: logit | logit-mean | logprob.")
+    ] = "logit",
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            help="For toxicity: MODULE:FUNCTION (texts to numbers in [0, 1], as profanity_check:predict_prob), a "
+            "classifier's folder or hub id (default unitary/toxic-bert), or perspective (a service; key in "
+            "PERSPECTIVE_API_KEY)."
+        ),
+    ] = None,
+    compression: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MASK", help="A mask of prune for the same model: measured with the correction too."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a continuation; 50, for insults 12.")
+    ] = None,
+    examples: Annotated[
+        int, typer.Option(min=1, help="Continuations to explain, and other ones to judge on, at most.")
+    ] = 64,
+    samples: Annotated[
+        int, typer.Option(min=2, help="Windows of --general, and of --eval-text, at most.")
+    ] = 128,
+    length: Length = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Unit weight: only tensors whose name matches, as '*mlp*'. Repeatable."),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave these tensors whole. Repeatable.")] = None,
+    seed: Annotated[
+        int, typer.Option(help="Which prompts and windows, and the order of --method random.")
+    ] = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove the few weights, neurons or heads behind an undesired behaviour, and measure what else changes.
+
+    The prompts are run; of those that show the behaviour one half explains it and the other judges. The model that is
+    saved is corrected by --method, whatever else is compared; sparc3 mask undo puts the weights back.
+    """
+    from sparc3.contrast import check_contrast
+    from sparc3.correct import Correction, halvings
+    from sparc3.correction_report import correction_report, draw
+    from sparc3.export import check_new, save_pretrained
+    from sparc3.mask import Mask
+
+    console.check_apart(model, out)
+    check_new(out, force)
+    rule = "attnlrp" if rule is None else rule
+    methods = _methods(method, contrast, compare)
+    for name, how in methods:
+        check_contrast(unit, name, how, rule, target)
+    if count is not None and fraction is not None:
+        raise InputError("--count and --fraction say the same; give one of them")
+    if fraction is not None and not 0 < fraction < 1:
+        raise InputError(f"--fraction {fraction} is not a share: it must be in (0, 1)")
+    wanted, texts = _behaviour(behaviour, undesired, scorer, model, device)
+    sources, judged_sources = _sources(general, eval_text, model)
+    documents = console.documents_of(sources, model)
+    judged_documents = sparc3.read_documents(judged_sources) if judged_sources else []
+    compressed = Mask.load(compression) if compression else None
+    tokens = tokens or (12 if behaviour == "insults" else 50)
+
+    console.begin()
+    with console.progress(f"loading {model}") as update:
+        loaded = sparc3.load(model, dtype=dtype, device=device)
+        if compressed is not None:
+            compressed.check(loaded.model)
+        size = console.window_length(loaded, length)
+        windows = sparc3.windows(loaded.tokenizer, documents, size, samples, seed)
+        judged = (
+            sparc3.windows(loaded.tokenizer, judged_documents, size, samples) if judged_documents else None
+        )
+        update(description="running the prompts", total=len(texts))
+        correction = Correction(
+            loaded.model,
+            loaded.tokenizer,
+            wanted,
+            texts,
+            windows,
+            judged,
+            unit=unit,
+            tokens=tokens,
+            examples=examples,
+            include=include or [],
+            exclude=exclude or [],
+            seed=seed,
+            progress=lambda done: update(advance=done),
+        )
+        last = count or (max(1, round(fraction * correction.total)) if fraction else None)
+        update(description="scoring", total=len(methods) * (1 + points), completed=0)
+        found = [
+            correction.find(
+                name,
+                contrast=how,
+                rule=rule,
+                target=target,
+                counts=halvings(correction.largest() if last is None else last, points),
+                budget=budget if last is None else None,
+                seed=seed,
+                tell=lambda words: update(description=words, advance=1),
+            )
+            for name, how in methods
+        ]
+        if found[0].chosen is None:
+            first = found[0].sweep[0]
+            raise InputError(
+                f"to remove even {first.count} {unit}s makes perplexity {first.increase:.2%} worse, more than "
+                f"--budget {budget:g}; nothing is pruned: give --count, a larger --budget or another --unit"
+            )
+        combined = _combined(correction, found[0], compressed)
+        mask = found[0].mask
+        mask.settings |= {
+            "model": loaded.name,
+            "origin": loaded.origin,
+            "note": loaded.note,
+            "general": sources,
+            "undesired": str(undesired) if undesired else "bundled",
+        }
+        report = correction_report(loaded, correction, found, combined, budget if last is None else None)
+        update(description=f"writing {out}")
+        save_pretrained(
+            loaded.model,
+            mask,
+            out,
+            loaded.tokenizer,
+            report,
+            force,
+            loaded.note,
+            lambda folder: draw(report, folder),
+        )
+    if as_json:
+        console.show_json({"out": str(out), **report})
+    else:
+        _show(loaded, report, out)
+
+
+def _methods(method: str, contrast: str, compare: str | None) -> list[tuple[str, str]]:
+    """(method, contrast) of each that is measured, the first is saved."""
+    found = [(method, contrast)]
+    for word in compare.split(",") if compare else []:
+        name, _, how = word.strip().partition(":")
+        found.append((name, how or "difference"))
+    return list(dict.fromkeys(found))
+
+
+def _behaviour(
+    name: str, undesired: Path | None, scorer: str | None, model: str, device: str
+) -> tuple[Behaviour, list[str]]:
+    """The behaviour, and the prompts that may provoke it."""
+    from sparc3 import behaviours, bundled_text
+    from sparc3.models import BUNDLED
+    from sparc3.scorers import DEFAULT
+    from sparc3.scorers import scorer as find_scorer
+
+    if name not in behaviours.BEHAVIOURS:
+        raise InputError(f"behaviour {name!r} is not known; use {' | '.join(behaviours.BEHAVIOURS)}")
+    if scorer is not None and name != "toxicity":
+        raise InputError(f"--scorer scores toxicity, not {name}")
+    bundled = {"insults": bundled_text.insult_prompts, "repetition": bundled_text.loop_prompts}
+    prompts: dict[str, tuple[str, ...]] = {}
+    if undesired is not None:
+        prompts = behaviours.read_prompts(undesired)
+    elif model in BUNDLED and name in bundled:
+        prompts = dict.fromkeys(bundled[name](512), ())
+    else:
+        raise InputError(f"no prompts that provoke {name}: give a file as --undesired")
+    if name == "answers":
+        return behaviours.answers(prompts), list(prompts)
+    if name == "toxicity":
+        return behaviours.toxicity(find_scorer(scorer or DEFAULT, device)), list(prompts)
+    return (behaviours.insults() if name == "insults" else behaviours.repetition()), list(prompts)
+
+
+def _sources(
+    general: list[str] | None, eval_text: list[str] | None, model: str
+) -> tuple[list[str], list[str]]:
+    from sparc3.models import BUNDLED
+
+    if general is None and model in BUNDLED:
+        return [console.BUNDLED_TEXT], eval_text or [console.BUNDLED_HELD_OUT]
+    return general or [], eval_text or []
+
+
+def _combined(correction: Correction, found: Found, compressed: Mask | None) -> dict[str, Measured]:
+    """The compressed model, and the one that is corrected as well."""
+    if compressed is None or found.chosen is None:
+        return {}
+    both = found.mask.combine(compressed)
+    pruned = round(compressed.sparsity * compressed.total)
+    return {
+        "compressed": correction.measure(compressed, pruned),
+        "compressed and corrected": correction.measure(both, round(both.sparsity * both.total)),
+    }
+
+
+def _show(loaded: Loaded, report: dict[str, Any], out: Path) -> None:
+    from sparc3.correction_report import method_label
+
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("method")
+    for column in ("removed", "share", "shown", "score", "tokens", "distinct", "perplexity", "change"):
+        table.add_column(column, justify="right")
+
+    def row(name: str, point: dict[str, Any]) -> None:
+        table.add_row(
+            name,
+            str(point["count"]),
+            f"{point['fraction']:.3%}",
+            f"{point['shown']:.1%}",
+            f"{point['score']:.3f}",
+            f"{point['length']:.1f}",
+            f"{point['distinct']:.3f}",
+            f"{point['perplexity']:.4g}",
+            f"{point['increase']:+.2%}",
+        )
+
+    row("whole model", report["before"])
+    for result in report["results"]:
+        for point in result["sweep"]:
+            row(method_label(result["settings"]) + (" *" if point == result["chosen"] else ""), point)
+    for name, point in report["combined"].items():
+        row(name, point | {"fraction": float("nan")})
+    prompts, budget = report["prompts"], report["budget"]
+    console.show(
+        table,
+        f"{report['behaviour']['name']}: {prompts['run']} prompts run; explained on {prompts['explained']} that show "
+        f"it, judged on {prompts['judged']} others",
+        "* saved" + ("" if budget is None else f": the largest with perplexity at most {budget:.2%} worse"),
+        *console.notes(loaded),
+        f"Saved {out}: {', '.join(sorted(file.name for file in out.iterdir()))}",
+    )

@@ -1,0 +1,403 @@
+"""Targeted correction: remove the few weights, neurons or heads behind a behaviour, and measure what else changes.
+
+    correction = sparc3.Correction(model, tokenizer, repetition(), prompts, windows, unit="neuron")
+    found = correction.find("lrp")
+    found.mask.apply(model, keep=True)
+
+The prompts are run first. Of those whose continuation shows the behaviour one half explains it, and the other half
+judges the correction; general text likewise. Components are scored by contrast (sparc3.contrast), the lowest are
+removed, and N is the largest of a sweep at which general text is predicted as well as the budget asks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sparc3_kernels.select import pack_bits
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparc3.behaviours import Behaviour
+from sparc3.continuations import Continuation, continuations
+from sparc3.contrast import Values, check_contrast, contrasted, mean_relevance, random_scores
+from sparc3.errors import InputError
+from sparc3.evaluate import check_fits, perplexity
+from sparc3.families import prunable
+from sparc3.mask import Mask, fingerprint
+from sparc3.rules import Rule
+from sparc3.samples import prompts as padded
+from sparc3.scores import Scores, as_batches
+from sparc3.select import select
+from sparc3.targets import Batch
+from sparc3.units import Components, components
+
+# Largest share of a sweep that is not told otherwise.
+SHARES = {"weight": 0.001, "neuron": 0.005, "head": 0.1}
+POINTS = 6
+BUDGET = 0.01
+# Continuations that are explained at once: some 70 tokens each.
+_BATCH = 8
+# Prompts that are run before it is looked whether enough of them show the behaviour.
+_ROUND = 32
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model on the judging prompts and on general text.
+
+    Attributes:
+        count, fraction: removed weights or components, and their share.
+        shown: share of the continuations that show the behaviour.
+        score: their mean score.
+        length: their mean length in tokens; distinct: their mean share of different tokens.
+        perplexity: of the judging windows of general text; increase: over the whole model's, as a share of it.
+        said: the continuations.
+    """
+
+    count: int
+    fraction: float
+    shown: float
+    score: float
+    length: float
+    distinct: float
+    perplexity: float
+    increase: float
+    said: tuple[Continuation, ...] = field(repr=False)
+
+    def described(self) -> dict[str, Any]:
+        """All but the continuations, as plain JSON values."""
+        return {name: value for name, value in vars(self).items() if name != "said"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one method found.
+
+    Attributes:
+        settings: unit, method, contrast, ... as plain JSON values.
+        scores: the lowest go first.
+        sweep: one measurement for each N.
+        chosen: the one that the budget or the caller chose; None where no N keeps to the budget.
+        mask: of ``chosen``, over all prunable weights; of nothing removed where there is none.
+    """
+
+    settings: dict[str, Any]
+    scores: Values = field(repr=False)
+    sweep: tuple[Measured, ...]
+    chosen: Measured | None
+    mask: Mask
+
+    def described(self) -> dict[str, Any]:
+        """All but the scores and the mask, as plain JSON values."""
+        return {
+            "settings": self.settings,
+            "sweep": [point.described() for point in self.sweep],
+            "chosen": self.chosen and self.chosen.described(),
+        }
+
+
+def find_shown(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    behaviour: Behaviour,
+    texts: Sequence[str],
+    tokens: int = 50,
+    enough: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[Continuation], int]:
+    """(Continuations that show the behaviour, prompts run), prompts in their order until ``enough`` are found.
+
+    Raises:
+        InputError: fewer than two continuations show it.
+    """
+    texts = list(dict.fromkeys(texts))
+    found: list[Continuation] = []
+    highest, run = 0.0, 0
+    while run < len(texts) and (enough is None or len(found) < enough):
+        said = continuations(model, tokenizer, texts[run : run + _ROUND], tokens, progress)
+        run += len(said)
+        scores = behaviour.scores(said)
+        highest = max(highest, *scores)
+        found += [one for one, score in zip(said, scores, strict=True) if score >= behaviour.threshold]
+    if len(found) < 2:
+        raise InputError(
+            f"the model does not show {behaviour.name}: {len(found)} of {run} prompts have a continuation that does "
+            f"(highest score {highest:.3g}, shown from {behaviour.threshold:g}), and at least 2 are needed. "
+            "Nothing is pruned; give prompts that provoke it"
+        )
+    return found, run
+
+
+class Correction:
+    """A model, a behaviour and a unit: what stays the same while methods are compared.
+
+    Attributes:
+        ranking, judging: continuations that show the behaviour, to explain and to judge on; no prompt is in both.
+        run: how many prompts were run to find them.
+        before: the whole model.
+        total: how many weights or components there are.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        behaviour: Behaviour,
+        texts: Sequence[str],
+        general: torch.Tensor,
+        judged: torch.Tensor | None = None,
+        *,
+        unit: str = "neuron",
+        tokens: int = 50,
+        examples: int = 64,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Run the prompts and measure the whole model.
+
+        Args:
+            texts: prompts that may provoke the behaviour.
+            general: windows [N, T] int64 of text in general (sparc3.windows).
+            judged: other windows, to measure perplexity on; None: every second one of ``general``.
+            unit: weight | neuron | head.
+            tokens: of a continuation, at most.
+            examples: continuations to explain, and other ones to judge on, at most.
+            include, exclude: shell patterns on the names of weights; for unit weight alone.
+            seed: which prompts explain and which judge.
+            progress: called with the number of prompts run since the last call.
+
+        Raises:
+            InputError: the behaviour is not shown, or an input does not fit the model.
+        """
+        check_contrast(unit, "lrp", "difference", "attnlrp", "logit")
+        if unit != "weight" and (include or exclude):
+            raise InputError(f"include and exclude name weights; they do not fit unit {unit}")
+        if judged is None:
+            if len(general) < 2:
+                raise InputError("general text needs at least 2 windows: one to explain and one to judge on")
+            general, judged = general[::2], general[1::2]
+        check_fits(model, general)
+        check_fits(model, judged)
+        self.model, self.tokenizer, self.behaviour, self.unit = model, tokenizer, behaviour, unit
+        self.tokens, self.seed = tokens, seed
+        self._include, self._exclude = tuple(include), tuple(exclude)
+        self._weights = prunable(model)
+        self._fingerprint = fingerprint(
+            model, {name: weight.weight for name, weight in self._weights.items()}
+        )
+        self._components: Components | None = None if unit == "weight" else components(model, unit)
+        self.total = sum(shape.numel() for shape in self._shapes().values())
+        texts = list(texts)
+        random.Random(seed).shuffle(texts)
+        found, self.run = find_shown(model, tokenizer, behaviour, texts, tokens, 2 * examples, progress)
+        self.ranking, self.judging = found[::2][:examples], found[1::2][:examples]
+        self._general, self._judged = as_batches(model, general), judged
+        self._dense = perplexity(model, judged).value
+        self.before = self._measured(0, self.judging)
+
+    def find(
+        self,
+        method: str = "lrp",
+        *,
+        contrast: str = "difference",
+        rule: str | Rule = "attnlrp",
+        target: str = "logit",
+        counts: Sequence[int] | None = None,
+        budget: float | None = BUDGET,
+        seed: int = 0,
+        tell: Tell | None = None,
+    ) -> Found:
+        """Score, remove each N of a sweep, measure, and choose.
+
+        Args:
+            method: sparc3.contrast.METHODS of the unit.
+            contrast: difference | set-difference.
+            rule, target: of lrp; the target is gradient's too.
+            counts: the sweep; None: ``POINTS`` numbers up to the unit's share of ``SHARES``, each half the next.
+            budget: the largest increase of perplexity, as 0.01; None: the last of ``counts`` is chosen as it is.
+            seed: of random.
+            tell: called with a few words when a step begins.
+
+        Raises:
+            InputError: a setting is not known or does not fit, or a count is not of what there is.
+        """
+        counts = halvings(self.largest()) if counts is None else list(counts)
+        for count in sorted(counts, reverse=True) or [0]:
+            if not 1 <= count < self.total:
+                raise InputError(
+                    f"{count} {self.unit}s cannot be removed: at least 1, and fewer than all {self.total}"
+                )
+        tell = tell or (lambda words: None)
+        tell(f"{method}: scoring")
+        scores = self.score(method, contrast=contrast, rule=rule, target=target, seed=seed)
+        sweep = []
+        for count in sorted(counts):
+            tell(f"{method}: {count} removed")
+            sweep.append(self.measure(self.mask(scores, count), count))
+        chosen = sweep[-1] if budget is None else within_budget(sweep, budget)
+        settings: dict[str, Any] = {"unit": self.unit, "method": method, "behaviour": self.behaviour.name}
+        if method != "random":
+            settings |= {"contrast": contrast}
+        if method in ("lrp", "gradient"):
+            settings |= {"target": target}
+        settings |= {"rule": str(Rule.parse(rule))} if method == "lrp" else {}
+        settings |= {"seed": seed} if method == "random" else {}
+        mask = self.mask(scores, chosen.count if chosen else 0)
+        mask.settings = {**settings, "count": chosen.count if chosen else 0}
+        return Found(settings, scores, tuple(sweep), chosen, mask)
+
+    def score(
+        self,
+        method: str,
+        *,
+        contrast: str = "difference",
+        rule: str | Rule = "attnlrp",
+        target: str = "logit",
+        seed: int = 0,
+    ) -> Values:
+        """Contrastive scores of all weights or components, see sparc3.contrast; the lowest are to be removed."""
+        check_contrast(self.unit, method, contrast, rule, target)
+        if method == "random":
+            zeros = {name: weight.canonical(weight.weight) == 0 for name, weight in self._chosen().items()}
+            found = random_scores(self._shapes(), seed)
+            return {
+                name: scores.masked_fill_(zeros[name].cpu(), torch.inf) if name in zeros else scores
+                for name, scores in found.items()
+            }
+        undesired = self._explained()
+        general, bad = (
+            mean_relevance(
+                self.model,
+                batches,
+                self.unit,
+                method,
+                rule=rule,
+                target=target,
+                include=self._include,
+                exclude=self._exclude,
+            )
+            for batches in (self._general, undesired)
+        )
+        return contrasted(general, bad, contrast)
+
+    def mask(self, scores: Values, count: int) -> Mask:
+        """The mask that removes the ``count`` lowest, over all prunable weights."""
+        if self._components is None:
+            weights = self._chosen()
+            transposed = frozenset(name for name, weight in weights.items() if weight.transposed)
+            part = (
+                select(Scores(scores, transposed), count / self.total, "global", "value")
+                if count
+                else Mask({}, {})
+            )
+        else:
+            keep = torch.ones(self.total, dtype=torch.bool)
+            keep[torch.argsort(scores[self.unit], stable=True)[:count]] = False
+            part = self._components.mask(self.model, keep)
+        # Over all prunable weights, so that it combines with any mask of ``prune``.
+        shapes = {name: tuple(weight.weight.shape) for name, weight in self._weights.items()}
+        bits = {
+            name: part.bits[name]
+            if name in part.bits
+            else pack_bits(torch.ones(shape, dtype=torch.bool, device=self.model.device))
+            for name, shape in shapes.items()
+        }
+        return Mask(bits, shapes, self._fingerprint, {"unit": self.unit})
+
+    def names(self, scores: Values, count: int) -> list[str]:
+        """Names of the components that are removed; none for weights."""
+        if self._components is None:
+            return []
+        order = torch.argsort(scores[self.unit], stable=True)[:count]
+        return [self._components.names[index] for index in sorted(order.tolist())]
+
+    def largest(self) -> int:
+        """The last N of a sweep that is not told otherwise."""
+        return max(1, round(SHARES[self.unit] * self.total))
+
+    def measure(self, mask: Mask, count: int = 0, judging: Sequence[Continuation] | None = None) -> Measured:
+        """The model under a mask, on the judging prompts; the weights are back afterwards, bit for bit."""
+        mask.apply(self.model, keep=True)
+        try:
+            prompts = [one.prompt for one in (self.judging if judging is None else judging)]
+            said = continuations(self.model, self.tokenizer, prompts, self.tokens)
+            return self._measured(count, said)
+        finally:
+            mask.undo(self.model)
+
+    def _measured(self, count: int, said: Sequence[Continuation]) -> Measured:
+        scores = self.behaviour.scores(said)
+        shown = [score >= self.behaviour.threshold for score in scores]
+        found = perplexity(self.model, self._judged).value if count else self._dense
+        return Measured(
+            count,
+            count / self.total,
+            _mean(shown),
+            _mean(scores),
+            _mean(len(one.ids) for one in said),
+            _mean(one.distinct for one in said),
+            found,
+            found / self._dense - 1,
+            tuple(said),
+        )
+
+    def _chosen(self) -> dict[str, Any]:
+        """The weights that may be removed, for unit weight."""
+        if self._components is not None:
+            return {}
+        return prunable(self.model, self._include, self._exclude)
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        if self._components is not None:
+            return {self.unit: torch.Size([len(self._components.names)])}
+        return {name: weight.canonical(weight.weight).shape for name, weight in self._chosen().items()}
+
+    def _explained(self) -> list[Batch]:
+        """The ranking prompts with their continuations, as batches whose labels are the undesired tokens."""
+        parts = [self.ranking[start : start + _BATCH] for start in range(0, len(self.ranking), _BATCH)]
+        return [
+            {name: value.to(self.model.device) for name, value in self._batch(part).items()} for part in parts
+        ]
+
+    def _batch(self, part: Sequence[Continuation]) -> Batch:
+        """[B, T], padded on the right."""
+        starts = padded(self.tokenizer, [one.prompt for one in part], "right")
+        lengths = starts["attention_mask"].sum(1).tolist()
+        width = max(length + len(one.ids) for length, one in zip(lengths, part, strict=True))
+        ids = torch.zeros(len(part), width, dtype=torch.int64)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for row, (length, one) in enumerate(zip(lengths, part, strict=True)):
+            end = length + len(one.ids)
+            ids[row, :length] = starts["input_ids"][row, :length]
+            ids[row, length:end] = torch.tensor(one.ids)
+            mask[row, :end] = 1
+            # The label of a position is the token after it.
+            labels[row, length - 1 : end - 1] = torch.tensor(self.behaviour.labels(self.tokenizer, one))
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def halvings(last: int, points: int = POINTS) -> list[int]:
+    """Up to ``points`` numbers that end with ``last``, each half the next, ascending."""
+    return sorted({max(1, round(last / 2**step)) for step in range(points)})
+
+
+def within_budget(sweep: Sequence[Measured], budget: float) -> Measured | None:
+    """The largest N that keeps to the budget, as all smaller ones do; None where the smallest does not."""
+    chosen = None
+    for point in sorted(sweep, key=lambda point: point.count):
+        if not point.increase <= budget:
+            break
+        chosen = point
+    return chosen
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = [float(value) for value in values]
+    return sum(found) / len(found)

@@ -1,0 +1,178 @@
+"""Corrections: a planted neuron is found and removed, exactly so many go, and everything comes back."""
+
+import pytest
+import tiny
+import torch
+import words
+
+import sparc3
+from sparc3 import behaviours, correct
+from sparc3.continuations import continuations
+from sparc3.correct import Correction, halvings, within_budget
+from sparc3.errors import InputError
+from sparc3.evaluate import perplexity
+
+PROMPTS = [f"{a}{b}" for a in "abcdefgh" for b in "xyz"]
+PLANTED = 17
+
+
+def windows(seed=3, count=8, length=16):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 40, (count, length), generator=generator)
+
+
+def shouting():
+    """A Llama whose neuron m1.n17 pushes the sign @ wherever a small letter is read."""
+    model = tiny.build("llama", vocab_size=words.VOCABULARY)
+    last = model.model.layers[1]
+    with torch.no_grad():
+        direction = model.lm_head.weight[words.ids("@")[0]]
+        direction = direction / direction.norm()
+        letters = torch.cat([model.model.embed_tokens.weight[words.ids(letter)] for letter in "abcdefghxyz@"])
+        last.mlp.gate_proj.weight[PLANTED] = letters.mean(0) / letters.mean(0).norm() ** 2
+        last.mlp.up_proj.weight[PLANTED] = last.mlp.gate_proj.weight[PLANTED]
+        last.mlp.down_proj.weight[:, PLANTED] = direction * 60
+    return model
+
+
+def correction(model=None, behaviour=None, **options):
+    asked = {"unit": "neuron", "tokens": 5, "seed": 0, **options}
+    undesired = behaviours.answers(dict.fromkeys(PROMPTS, ("@",)))
+    return Correction(
+        model or shouting(), words.tokenizer(), behaviour or undesired, PROMPTS, windows(), **asked
+    )
+
+
+@pytest.mark.parametrize("method", ["lrp", "gradient"])
+@pytest.mark.parametrize("contrast", ["difference", "set-difference"])
+def test_the_neuron_behind_a_behaviour_is_removed(method, contrast):
+    model = shouting()
+    found = correction(model).find(method, contrast=contrast, counts=[1], budget=None)
+    assert found.chosen.count == 1
+    before, after = correction(model).before, found.chosen
+    assert (before.shown, after.shown) == (1.0, 0.0)
+    row = ~found.mask.kept("model.layers.1.mlp.down_proj.weight")
+    assert row[:, PLANTED].all()
+    assert row.sum() == 32
+    # The measurement is of the model under the mask, on the prompts that were not explained.
+    found.mask.apply(model, keep=True)
+    said = continuations(model, words.tokenizer(), [one.prompt for one in before.said], 5)
+    assert [one.ids for one in said] == [one.ids for one in after.said]
+    assert after.perplexity == pytest.approx(perplexity(model, windows()[1::2]).value)
+    found.mask.undo(model)
+
+
+def test_random_removal_does_not_find_it():
+    assert correction().find("random", counts=[1], budget=None).chosen.shown == 1.0
+
+
+@pytest.mark.parametrize(
+    ("unit", "count", "weights"),
+    [("weight", 37, 37), ("neuron", 3, 3 * 3 * 32), ("head", 2, 2 * 8 * 32)],
+)
+@pytest.mark.parametrize("method", ["lrp", "random"])
+def test_exactly_so_many_are_removed_and_come_back(unit, count, weights, method):
+    model = shouting()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:4] = 0  # zeros that are there already do not count
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    search = correction(model, unit=unit)
+    found = search.find(method, counts=[count], budget=None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    found.mask.apply(model, keep=True)
+    lost = sum(
+        int(((model.state_dict()[name] == 0) & (tensor != 0)).sum()) for name, tensor in before.items()
+    )
+    zeros = (
+        0
+        if unit != "neuron"
+        else sum(32 for name in search.names(found.scores, count) if name in {f"m0.n{n}" for n in range(4)})
+    )
+    assert lost == weights - zeros
+    found.mask.undo(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_prompts_explain_or_judge_and_never_both():
+    first, second = correction(examples=4), correction(examples=4, seed=1)
+    for one in (first, second):
+        ranking, judging = ({said.prompt for said in side} for side in (one.ranking, one.judging))
+        assert (len(ranking), len(judging)) == (4, 4)
+        assert not ranking & judging
+    assert {said.prompt for said in first.ranking} != {said.prompt for said in second.ranking}
+    # Enough were found in the first round.
+    assert first.run == len(PROMPTS)
+
+
+def test_labels_are_the_undesired_tokens_after_their_positions():
+    search = correction()
+    (batch, *_) = search._explained()
+    for row, one in enumerate(search.ranking[: len(batch["input_ids"])]):
+        real = int(batch["attention_mask"][row].sum())
+        ids = [words.BOS, *words.ids(one.prompt), *one.ids]
+        assert batch["input_ids"][row, :real].tolist() == ids
+        following = [*ids[1:], -100]
+        labels = batch["labels"][row, :real].tolist()
+        shout = words.ids("@")[0]
+        expected = [
+            token if token == shout and place >= len(one.prompt) else -100
+            for place, token in enumerate(following)
+        ]
+        assert labels == expected
+        assert (batch["labels"][row, real:] == -100).all()
+
+
+def test_a_correction_combines_with_a_compression():
+    model = shouting()
+    search = correction(model)
+    found = search.find("lrp", counts=[1], budget=None)
+    compressed = sparc3.prune(model, windows(), "magnitude", 0.3, "layer")
+    both = found.mask.combine(compressed)
+    measured = search.measure(both, 1)
+    found.mask.apply(model, keep=True)
+    for name in both.shapes:
+        assert torch.equal(both.kept(name), found.mask.kept(name) & compressed.kept(name))
+    found.mask.undo(model)
+    assert measured.shown == 0.0
+    assert search.measure(compressed, 1).perplexity != search.before.perplexity
+
+
+def test_what_the_model_does_not_show_is_not_corrected():
+    with pytest.raises(InputError, match=r"does not show answers: 0 of 24 prompts .* Nothing is pruned"):
+        correction(behaviour=behaviours.answers(dict.fromkeys(PROMPTS, ("never said",))))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unit": "layer"}, "unit 'layer' is not known"),
+        ({"include": ["*mlp*"]}, "do not fit unit neuron"),
+        ({"judged": torch.ones(2, 99, dtype=torch.int64)}, "the model has 64 positions"),
+    ],
+)
+def test_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        correction(**options)
+    with pytest.raises(InputError, match="96 neurons cannot be removed"):
+        correction().find("lrp", counts=[96])
+
+
+def measured(count, increase):
+    return correct.Measured(count, count / 100, 1.0, 1.0, 1.0, 1.0, 1.0, increase, ())
+
+
+def test_the_budget_chooses_the_largest_that_keeps_to_it():
+    sweep = [measured(8, 0.02), measured(1, -0.01), measured(2, 0.01), measured(4, 0.011), measured(16, 0.0)]
+    assert within_budget(sweep, 0.01).count == 2
+    assert within_budget(sweep, 0.02).count == 16
+    assert within_budget(sweep, -0.5) is None
+    assert within_budget([measured(1, float("nan"))], 0.5) is None
+    found = correction().find("lrp", counts=[1, 2], budget=-0.9)
+    assert found.chosen is None
+    assert found.mask.sparsity == 0
+
+
+def test_halvings():
+    assert halvings(100) == [3, 6, 12, 25, 50, 100]
+    assert halvings(3) == [1, 2, 3]
+    assert halvings(1) == [1]
