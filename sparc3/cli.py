@@ -20,6 +20,7 @@ from sparc3 import (
     cli_generate,
     cli_mask,
     cli_prune,
+    cli_reproduce,
     console,
 )
 from sparc3.console import AsJson, Device, Dtype, Length, Text
@@ -31,6 +32,7 @@ app.command()(cli_correct.correct)
 app.command()(cli_explain.explain)
 app.command()(cli_export.export)
 app.command()(cli_generate.generate)
+app.command()(cli_reproduce.reproduce)
 
 
 def main() -> None:

@@ -93,11 +93,11 @@ class Pruner:
         check_model(self.model, [method], self.pattern, self.chosen["include"], self.chosen["exclude"])
         budgets = self._budgets(sparsity, progress)
         if method in SEQUENTIAL and self.pattern != "global":
-            mask = self._in_sweep(method, sparsity, budgets, None, progress)
+            mask = self.in_sweep(method, sparsity, budgets, None, progress)
         else:
             mask = self.scores(method, progress).select(sparsity, self.pattern, budgets=budgets)
             if self.repair:
-                mask = self._in_sweep(method, sparsity, budgets, mask, progress)
+                mask = self.in_sweep(method, sparsity, budgets, mask, progress)
         if budgets is not None:
             mask.settings["allocate"] = self.allocate
         return mask
@@ -149,7 +149,7 @@ class Pruner:
             return owl_budgets(scores.tensors, sparsity, family_of(self.model).blocks)
         return relevance_budgets(scores, sparsity)
 
-    def _in_sweep(
+    def in_sweep(
         self,
         method: str,
         sparsity: float,
@@ -157,7 +157,7 @@ class Pruner:
         given: Mask | None,
         progress: Callable[[int], None] | None,
     ) -> Mask:
-        """The mask, chosen block by block or ``given``, with the kept weights' new values where they change."""
+        """One mask, chosen block by block or ``given``, with new values of kept weights where they change."""
         weights = prunable(self.model, **self.chosen)
         batches = as_batches(self.model, self.samples)
         gradients = self._gradients(progress) if method == "gblm" else {}
@@ -194,14 +194,8 @@ class Pruner:
         sweep(
             self.model, batches, weights, visit, progress, gram=updates is not None, beside_dense=self.repair
         )
-        settings = {
-            "method": method,
-            "schedule": "sequential",
-            "sparsity": sparsity,
-            "pattern": self.pattern,
-            "by": "magnitude",
-        }
-        settings |= {} if budgets is None else {"budgets": budgets}
+        settings = {"method": method, "schedule": "sequential", "sparsity": sparsity, "pattern": self.pattern}
+        settings |= {"by": "magnitude"} | ({} if budgets is None else {"budgets": budgets})
         settings = settings if given is None else dict(given.settings)
         return Mask(
             bits,
@@ -277,6 +271,27 @@ def prune(
     )
     check_used(settings, [method])
     return pruner.mask(method, sparsity, progress)
+
+
+def repair(
+    model: PreTrainedModel,
+    samples: torch.Tensor | Sequence[Batch],
+    mask: Mask,
+    progress: Callable[[int], None] | None = None,
+) -> Mask:
+    """Any mask with new values for the weights that it keeps, by least squares block after block.
+
+    Args:
+        model: the dense model that the mask was made for; unchanged.
+        samples: as in ``prune``.
+        mask: what is pruned; new values that it may have are not used.
+
+    Raises:
+        InputError: the mask is for another model.
+    """
+    mask.check(model)
+    pruner = Pruner(model, samples, repair=True, include=list(mask.bits))
+    return pruner.in_sweep(str(mask.settings.get("method")), 0.0, None, mask, progress)
 
 
 def compare(

@@ -13,7 +13,7 @@ from tiny import build, singles, state
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from sparc3.compress import Pruner, compare, prune
+from sparc3.compress import Pruner, compare, prune, repair
 from sparc3.errors import InputError
 from sparc3.export import save_pretrained
 from sparc3.families import blocks_of, prunable
@@ -126,6 +126,20 @@ def test_repair_brings_outputs_closer():
     plain = prune(model, SAMPLES, "lrp", 0.5, **kept)
     repaired = prune(model, SAMPLES, "lrp", 0.5, repair=True, **kept)
     assert error(repaired) < 0.5 * error(plain)
+
+
+def test_any_mask_can_be_repaired():
+    model = build("gpt2")
+    names = {"include": ["*.mlp.*"]}
+    mask = prune(model, SAMPLES, "random", 0.4, "global", **names)
+    found = repair(model, SAMPLES, mask)
+    assert bits(found) == bits(mask)
+    assert found.settings == mask.settings | {"updates": "least squares"}
+    alike = prune(model, SAMPLES, "random", 0.4, "global", repair=True, **names)
+    for name, values in alike.values.items():
+        assert torch.equal(found.values[name], values)
+    with pytest.raises(InputError, match="made for another model"):
+        repair(build("gpt2", seed=1), SAMPLES, mask)
 
 
 def test_experts_are_repaired_and_pruned_by_sparsegpt():

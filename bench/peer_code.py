@@ -1,0 +1,185 @@
+"""Our Wanda, RIA and SparseGPT beside the public code of their authors: same model, same windows, perplexity of both.
+
+    python bench/peer_code.py --wanda DIR --sparsegpt DIR --ria DIR
+
+DIR are checkouts of github.com/locuslab/wanda, github.com/IST-DASLab/sparsegpt and
+github.com/biomedical-cybernetics/Relative-importance-and-activation-pruning; they are imported from where they are.
+Their scripts want transformers 4 on a GPU: what they call of it that is gone is given to them here, and their pruning
+functions run as they are. SparseGPT's own class runs inside Wanda's driver for it. Results go to
+bench/results/peer-code-MODEL.json.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Annotated, Any
+
+import torch
+import typer
+from attribution_cases import load_benchmark_model
+from real_models import lee, lee_background
+from rich.console import Console
+from torch import nn
+
+from sparc3.compress import prune
+from sparc3.evaluate import perplexity
+from sparc3.report import versions
+from sparc3.samples import read_documents, windows
+
+RESULTS = Path(__file__).parent / "results"
+LENGTH = 128
+console = Console(stderr=True, width=120)
+
+
+class Layer(nn.Module):
+    """A decoder layer as transformers 4 had it: it makes its own rotary tables and returns a tuple."""
+
+    def __init__(self, layer: nn.Module, rotary: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.rotary = [rotary]  # not a submodule
+
+    def forward(self, hidden: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor]:
+        places = torch.arange(hidden.shape[1])[None]
+        return (self.layer(hidden, position_embeddings=self.rotary[0](hidden, places)),)
+
+
+@contextmanager
+def as_transformers_4(model: Any, calibration: torch.Tensor) -> Iterator[Callable[[ModuleType], None]]:
+    """Within the context the model looks as the public scripts expect it; yields what fits a module of theirs."""
+    layers = model.model.layers
+    model.model.layers = nn.ModuleList(Layer(layer, model.model.rotary_emb) for layer in layers)
+    model.hf_device_map, model.seqlen = {}, calibration.shape[1]
+    synchronize, torch.cuda.synchronize = torch.cuda.synchronize, lambda *args: None
+    to_cuda, torch.Tensor.cuda = torch.Tensor.cuda, lambda tensor: tensor
+
+    def inputs(*args: Any) -> tuple[torch.Tensor, torch.Tensor, None, torch.Tensor]:
+        hidden = model.model.embed_tokens(calibration).detach()
+        return hidden, torch.zeros_like(hidden), None, torch.zeros(1)
+
+    def fit(module: ModuleType) -> None:
+        module.get_loaders = lambda *args, **kwargs: ([(row[None],) for row in calibration], None)
+        module.prepare_calibration_input = inputs
+
+    try:
+        yield fit
+    finally:
+        model.model.layers = layers
+        torch.cuda.synchronize, torch.Tensor.cuda = synchronize, to_cuda
+
+
+def public_module(folder: Path, name: str) -> ModuleType:
+    """A module of a checkout, imported with its folder first on the path and without what it has no use for here."""
+    for loaded in [key for key in sys.modules if key.split(".")[0] in ("lib", "quant", "sparsegpt")]:
+        del sys.modules[loaded]
+    sys.modules.setdefault("datasets", ModuleType("datasets")).load_dataset = None  # type: ignore[attr-defined]
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
+
+
+def theirs(
+    model: Any, calibration: torch.Tensor, method: str, pattern: str, folders: dict[str, Path]
+) -> None:
+    """Prune ``model`` for good by the public code."""
+    kept, group = map(int, pattern.split(":")) if ":" in pattern else (0, 0)
+    arguments = SimpleNamespace(
+        nsamples=len(calibration),
+        seed=0,
+        sparsity_ratio=0.5,
+        use_variant=False,
+        model="llama",
+        a=0.5,
+        calib_dataset="c4",
+        seqlen=calibration.shape[1],
+        reconstruction=False,
+        gptq=False,
+        prune_method=method,
+        reallocation=False,
+        lsa=False,
+        semi_sparse_acc=False,
+        per_outneuron=True,
+    )
+    prune_n = group - kept
+    with as_transformers_4(model, calibration) as fit:
+        module = public_module(folders["ria" if method == "ria" else "wanda"], "lib.prune")
+        fit(module)
+        if method == "sparsegpt":
+            own = public_module(folders["sparsegpt"], "sparsegpt").SparseGPT
+
+            class Adapted(own):  # type: ignore[misc, valid-type]
+                def fasterprune(self, sparsity: float, prune_n: int, prune_m: int, **rest: Any) -> None:
+                    super().fasterprune(sparsity, prunen=prune_n, prunem=prune_m, **rest)
+
+            module.SparseGPT = Adapted
+        run = getattr(module, f"prune_{method}")
+        run(arguments, model, None, torch.device("cpu"), prune_n=prune_n, prune_m=group)
+
+
+def main(
+    wanda: Annotated[Path, typer.Option(help="A checkout.")],
+    sparsegpt: Annotated[Path, typer.Option(help="A checkout.")],
+    ria: Annotated[Path, typer.Option(help="A checkout.")],
+    model: str = "smollm2",
+    samples: int = 16,
+    judged: int = 16,
+) -> None:
+    """Prune by both codes and write what came out."""
+    folders = {"wanda": wanda, "sparsegpt": sparsegpt, "ria": ria}
+    rows = []
+    loaded = load_benchmark_model(model)
+    calibration = windows(loaded.tokenizer, read_documents([str(lee_background())]), LENGTH, samples, seed=0)
+    held_out = windows(loaded.tokenizer, read_documents([str(lee())]), LENGTH, judged, seed=0)
+    dense = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    for method in ("wanda", "ria", "sparsegpt"):
+        for pattern in ("row", "2:4"):
+            pattern = "layer" if method == "sparsegpt" and pattern == "row" else pattern
+            mask = prune(loaded.model, calibration, method, None if ":" in pattern else 0.5, pattern)
+            mask.apply(loaded.model)
+            ours = perplexity(loaded.model, held_out).value
+            kept = {name: loaded.model.get_parameter(name) != 0 for name in mask.bits}
+            loaded.model.load_state_dict(dense)
+            theirs(loaded.model, calibration, method, pattern, folders)
+            public = perplexity(loaded.model, held_out).value
+            same = sum(int((kept[n] == (loaded.model.get_parameter(n) != 0)).sum()) for n in kept)
+            loaded.model.load_state_dict(dense)
+            rows.append(
+                {
+                    "method": method,
+                    "pattern": pattern,
+                    "ours": ours,
+                    "public": public,
+                    "ratio": ours / public,
+                    "same_mask": same / mask.total,
+                }
+            )
+            console.print(rows[-1])
+    data = {
+        "model": model,
+        "note": loaded.note,
+        "calibration": {"windows": samples, "tokens": LENGTH},
+        "judged": {"windows": len(held_out), "tokens": LENGTH},
+        "commits": {name: _commit(folder) for name, folder in folders.items()},
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions(),
+        "results": rows,
+    }
+    (RESULTS / f"peer-code-{model}.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _commit(folder: Path) -> str:
+    head = folder / "COMMIT"
+    return head.read_text().strip() if head.exists() else folder.name
+
+
+if __name__ == "__main__":
+    typer.run(main)

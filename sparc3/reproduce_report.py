@@ -1,0 +1,198 @@
+"""The tables and plots of sparc3.reproduce: our figures beside the paper's."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sparc3.report import METHOD_COLOURS
+
+Results = list[dict[str, Any]]
+
+
+def markdown(experiment: str, config: dict[str, Any], results: Results) -> str:
+    """The table of an experiment, with the choices that the paper leaves open."""
+    body = {"table1": _table1, "samples": _samples, "concentration": _concentration, "ioi": _ioi}[experiment]
+    told = ("calibration", "judged", "length", "samples", "seeds", "dtype", "pattern", "sparsity", "task")
+    settings = ", ".join(f"{name} {config[name]}" for name in told if name in config)
+    lines = [f"# {config['title']}\n", f"{config['source']}. Ours: {settings}.\n", *body(config, results)]
+    lines += ["\nWhat the paper leaves open, and what is done here:\n"]
+    lines += [f"- {' '.join(choice.split())}" for choice in config["open"]]
+    return "\n".join(lines) + "\n"
+
+
+def _short(model: str) -> str:
+    return Path(model).name
+
+
+def _methods(results: Results) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in results))
+
+
+def _spread(values: Iterable[float], digits: int = 2) -> str:
+    """Mean and, of several, the standard deviation."""
+    found = list(values)
+    if not found:
+        return ""
+    mean = f"{statistics.mean(found):.{digits}f}"
+    return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.{digits}f}"
+
+
+def _table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _of(results: Results, **wanted: Any) -> Results:
+    return [row for row in results if all(row[name] == value for name, value in wanted.items())]
+
+
+def _accuracy(row: dict[str, Any]) -> float:
+    return 100 * statistics.mean(row["accuracy"].values())
+
+
+def _table1(config: dict[str, Any], results: Results) -> list[str]:
+    rows = []
+    for model in config["models"]:
+        for method in _methods(results):
+            ours = _of(results, model=model, method=method)
+            if not ours:
+                continue
+            perplexity, accuracy = config["paper"].get(_short(model), {}).get(method, ("", ""))
+            scored = [_accuracy(row) for row in ours if row["accuracy"]]
+            cells = [
+                _spread(row["perplexity"] for row in ours),
+                str(perplexity),
+                _spread(scored),
+                str(accuracy),
+            ]
+            rows.append([_short(model), method, *cells])
+    header = ["model", "method", "perplexity", "paper", "accuracy %", "paper"]
+    return _table(header, rows)
+
+
+def _samples(config: dict[str, Any], results: Results) -> list[str]:
+    rows = []
+    for model in config["models"]:
+        for method in _methods(results):
+            for count in config["counts"]:
+                ours = _of(results, model=model, method=method, count=count)
+                paper = config["paper"].get(_short(model), {}).get(method, {}).get(count, "")
+                if ours:
+                    found = _spread(row["perplexity"] for row in ours)
+                    rows.append([_short(model), method, str(count), found, str(paper)])
+    return _table(["model", "method", "samples", "perplexity", "paper"], rows)
+
+
+def _concentration(config: dict[str, Any], results: Results) -> list[str]:
+    rows = []
+    for row in results:
+        for kind, shares in row["kinds"].items():
+            cells = [f"{100 * share:.2f} %" for share in shares.values()]
+            rows.append([_short(row["model"]), row["method"], str(row["seed"]), kind, *cells])
+    header = ["model", "method", "seed", "kind", "holds 50 %", "holds 90 %", "holds 99 %"]
+    return _table(header, rows)
+
+
+def _ioi(config: dict[str, Any], results: Results) -> list[str]:
+    rows = []
+    for unit in config["units"]:
+        for method in _methods(_of(results, unit=unit)):
+            ours = _of(results, unit=unit, method=method)
+            kept = _spread(100 * row["sparsest"]["fraction"] for row in ours)
+            rows.append([unit, method, f"{kept} %", _spread(row["cpr"] for row in ours), str(len(ours))])
+    return _table(["unit", "method", "kept for 90 % of the accuracy", "CPR", "seeds"], rows)
+
+
+# Plots -------------------------------------------------------------------------------------------------------------
+
+
+def plot(experiment: str, config: dict[str, Any], results: Results, path: Path) -> None:
+    """Our figures as lines or bars, the paper's as crosses of the same colour."""
+    from matplotlib.figure import Figure
+
+    panels = {
+        "table1": config["models"],
+        "samples": config["models"],
+        "concentration": _methods(results),
+        "ioi": list(config.get("units", [])),
+    }[experiment]
+    panels = panels or [""]
+    figure = Figure(figsize=(1.2 + 4.2 * len(panels), 4.2), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw = {
+            "table1": _draw_table1,
+            "samples": _draw_samples,
+            "concentration": _draw_kinds,
+            "ioi": _draw_ioi,
+        }
+        draw[experiment](axes, config, results, panel)
+        axes.set_title(_short(panel))
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=150)
+
+
+def _colour(method: str) -> str:
+    return METHOD_COLOURS.get("gradient" if method == "lrp (paper)" else method, "#333333")
+
+
+def _draw_table1(axes: Any, config: dict[str, Any], results: Results, model: str) -> None:
+    methods = _methods(_of(results, model=model))
+    paper = config["paper"].get(_short(model), {})
+    for place, method in enumerate(methods):
+        values = [row["perplexity"] for row in _of(results, model=model, method=method)]
+        axes.bar(place, statistics.mean(values), color=_colour(method), width=0.6)
+        if method in paper:
+            axes.plot(
+                place, paper[method][0], "x", color="black", label="the paper's" if place == 0 else None
+            )
+    axes.set_xticks(range(len(methods)), methods, rotation=20)
+    axes.set_yscale("log")
+    axes.set_ylabel("perplexity (log scale)")
+    if paper:
+        axes.legend(frameon=False)
+
+
+def _draw_samples(axes: Any, config: dict[str, Any], results: Results, model: str) -> None:
+    paper = config["paper"].get(_short(model), {})
+    for method in _methods(results):
+        points = []
+        for count in config["counts"]:
+            ours = _of(results, model=model, method=method, count=count)
+            if ours:
+                points.append((count, statistics.mean(row["perplexity"] for row in ours)))
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", color=_colour(method), label=method)
+        for count, value in paper.get(method, {}).items():
+            axes.plot(count, value, "x", color=_colour(method), markersize=9)
+    axes.set_xscale("log")
+    axes.set_xlabel("reference samples (log scale)")
+    axes.set_ylabel("perplexity")
+    axes.legend(frameon=False)
+
+
+def _draw_kinds(axes: Any, config: dict[str, Any], results: Results, method: str) -> None:
+    for row in _of(results, method=method)[:1]:
+        for shade, share in zip(
+            ("#d1495b", "#edae49", "#b8b8b8"), reversed(["0.5", "0.9", "0.99"]), strict=True
+        ):
+            values = [100 * shares[share] for shares in row["kinds"].values()]
+            axes.barh(list(row["kinds"]), values, color=shade, label=f"hold {float(share):.0%}")
+    axes.set_xlabel("% of the weights, largest first")
+    axes.legend(frameon=False)
+
+
+def _draw_ioi(axes: Any, config: dict[str, Any], results: Results, unit: str) -> None:
+    for method in _methods(_of(results, unit=unit)):
+        ours = _of(results, unit=unit, method=method)
+        shares = [point["fraction"] for point in ours[0]["curve"]]
+        means = [
+            statistics.mean(row["curve"][place]["accuracy"] for row in ours) for place in range(len(shares))
+        ]
+        axes.plot(shares, means, marker="o", markersize=3.5, color=_colour(method), label=method)
+    axes.set_xscale("log")
+    axes.set_xlabel(f"{unit}s kept (log scale)")
+    axes.set_ylabel("accuracy")
+    axes.legend(frameon=False)
