@@ -76,7 +76,7 @@ def evaluate(
     console.begin()
     with console.progress(f"loading {model}") as update:
         loaded = sparc3.load(model, dtype=dtype, device=device)
-        length = console.window_length(loaded, length)
+        length = console.window_length(loaded.model.config, loaded.tokenizer, length)
         windows = sparc3.windows(loaded.tokenizer, documents, length, samples)
         update(description="perplexity", total=len(windows))
         found = perplexity(loaded.model, windows, progress=lambda done, _: update(completed=done))

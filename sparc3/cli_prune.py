@@ -106,6 +106,26 @@ def prune(
         str | None,
         typer.Option(metavar="X,Y,Z", help="Sparsities to measure beside --sparsity; the plot has them all."),
     ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Read the model block by block, so that this much memory of --device suffices, as 8GiB. "
+            "This and the options below suit models larger than memory; masks are the same, bit by bit.",
+        ),
+    ] = None,
+    max_host_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The same for the memory beside a GPU's.")
+    ] = None,
+    offload_dir: Annotated[
+        Path | None, typer.Option(help="Where what fits no memory is put meanwhile; beside --out without it.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was broken off, block by block.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it takes, and stop; config.json is enough for it.")
+    ] = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -124,7 +144,8 @@ def prune(
     from sparc3.scores import check_settings
 
     console.check_apart(model, out)
-    check_new(out, force)
+    if not (resume or dry_run):
+        check_new(out, force)
     methods = list(dict.fromkeys([method, *_split(compare)]))
     settings: dict[str, Any] = dict(
         target=target, positions=positions, reduce=reduce, rule=rule, skip_first=skip_first
@@ -138,6 +159,37 @@ def prune(
     asked = [sparsity, *(_number(word) for word in _split(sparsities))]
     shares = list(dict.fromkeys(requested_sparsity(share, pattern) for share in asked))
     text = text or ([console.BUNDLED_TEXT] if model in BUNDLED else [])
+    if max_memory or max_host_memory or offload_dir or resume or dry_run or console.is_one_of_many():
+        if len(methods) * len(shares) > 1 or eval_text:
+            raise InputError(
+                "--compare, --sparsities and --eval-text need the model in memory; prune block by block first, then "
+                "measure with sparc3 evaluate"
+            )
+        from sparc3.cli_stream import prune_by_block
+
+        return prune_by_block(
+            model,
+            out,
+            method=method,
+            sparsity=shares[0],
+            pattern=pattern,
+            settings=settings | ({"seed": seed} if method == "random" else {}),
+            text=text,
+            samples=samples,
+            length=length,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            include=include or [],
+            exclude=exclude or [],
+            max_memory=max_memory,
+            max_host_memory=max_host_memory,
+            offload_dir=offload_dir,
+            resume=resume,
+            dry_run=dry_run,
+            force=force,
+            as_json=as_json,
+        )
     eval_text = eval_text or ([console.BUNDLED_HELD_OUT] if model in BUNDLED else [])
     if len(methods) * len(shares) > 1 and not eval_text:
         raise InputError("--compare and --sparsities measure perplexity: give held-out text with --eval-text")
@@ -149,7 +201,7 @@ def prune(
     with console.progress(f"loading {model}") as update:
         loaded = sparc3.load(model, dtype=dtype, device=device)
         check_model(loaded.model, methods, pattern, include or (), exclude or ())
-        length = console.window_length(loaded, length)
+        length = console.window_length(loaded.model.config, loaded.tokenizer, length)
         calibration = _windows(loaded, documents, length, samples, seed)
         evaluation = _windows(loaded, held_out, length, console.EVALUATION_WINDOWS, None)
         for windows in (calibration, evaluation):

@@ -21,13 +21,14 @@ from sparc3.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from sparc3.models import Loaded
 
 # Windows of text that a model is judged on; the same in prune and evaluate, so that their figures agree.
 EVALUATION_WINDOWS = 128
 BUNDLED_TEXT, BUNDLED_HELD_OUT = "bundled", "bundled:held_out"
-_LENGTH = 128
+LENGTH = 128
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out, once the new is complete.")]
@@ -130,6 +131,11 @@ def check_new_file(path: Path, force: bool) -> None:
         raise InputError(f"the folder {path.parent} does not exist; make it first")
 
 
+def is_one_of_many() -> bool:
+    """Whether torchrun started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def short(settings: Any) -> str:
     """A setting in a table's cell: text as it is, anything else as JSON."""
     return settings if isinstance(settings, str) else json.dumps(settings)
@@ -145,14 +151,22 @@ def documents_of(text: list[str], model: str) -> list[str]:
     return sparc3.read_documents(text)
 
 
-def window_length(loaded: Loaded, length: int | None) -> int:
+def window_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, length: int | None) -> int:
     """Tokens of text in a window: as asked for, else what the model has positions for, at most 128."""
     if length is not None:
         return length
-    positions = getattr(loaded.model.config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
     if positions is None:
-        return _LENGTH
-    return min(_LENGTH, positions - (loaded.tokenizer.bos_token_id is not None))
+        return LENGTH
+    return min(LENGTH, positions - (tokenizer.bos_token_id is not None))
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, as 3 min 20 s."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def notes(loaded: Loaded) -> list[str]:

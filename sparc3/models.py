@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, errors, try_to_load_from_cache
+from huggingface_hub import HfApi, errors, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken
 from tokenizers.models import BPE
@@ -41,6 +41,8 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 NOTE_FILE = "sparc3_note.txt"
 # The hub is asked once before transformers is, which tries for 23 s when there is no network.
 _HUB_TIMEOUT_S = 10
+# Bytes; where torch's allocator puts tensors.
+_ALIGNED = 64
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def load(name: str | Path | None = None, *, dtype: str = "float32", device: str 
     name = str(DEFAULT if name is None else name)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not known; use {' | '.join(DTYPES)}")
-    where = _usable_device(device)
+    where = usable_device(device)
     source, note = _resolve(name)
     with _unreadable(f"{name}: transformers cannot load this model"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -97,9 +99,44 @@ def load(name: str | Path | None = None, *, dtype: str = "float32", device: str 
     if info["missing_keys"]:
         raise InputError(f"{name}: the checkpoint lacks {_some(info['missing_keys'])}; it is incomplete")
     check_finite(model, name)
+    _align(model)
+    return Loaded(model.to(where).eval(), load_tokenizer(source, name), name, name if note else source, note)
+
+
+def load_tokenizer(source: str | Path, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; InputError where there is none."""
     with _unreadable(f"{name}: no usable tokenizer (tokenizer.json or tokenizer.model beside config.json)"):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    return Loaded(model.to(where).eval(), tokenizer, name, name if note else source, note)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return tokenizer
+
+
+def local_folder(name: str, weights: bool = True) -> tuple[Path, str]:
+    """(folder with the checkpoint, note) of a name as ``load`` takes it; a hub id is fetched first.
+
+    Args:
+        weights: False is content with a config.json.
+    """
+    path = Path(name).expanduser()
+    if name not in BUNDLED and (path / "config.json").is_file():
+        # sparc3.checkpoint looks at the weights, and without mapping them.
+        return path, _note_in(path)
+    source, note = _resolve(name)
+    if not Path(source).is_dir():
+        wanted = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+        with _unreadable(f"{name}: the hub does not give its files"):
+            source = snapshot_download(source, allow_patterns=wanted)
+    return Path(source), note
+
+
+def _align(model: nn.Module) -> None:
+    """Give weights that lie at odd places of a mapped file memory of their own.
+
+    Products with one token differ in the last bit by where the weight begins, so that a model would not give the
+    same relevance however it was loaded.
+    """
+    for parameter in model.parameters():
+        if parameter.data_ptr() % _ALIGNED:
+            parameter.data = parameter.data.clone()
 
 
 def _resolve(name: str) -> tuple[str, str]:
@@ -113,8 +150,12 @@ def _resolve(name: str) -> tuple[str, str]:
         _check_hub(name)
         return name, ""
     _check_folder(path)
-    note = path / NOTE_FILE
-    return str(path), note.read_text(encoding="utf-8") if note.is_file() else ""
+    return str(path), _note_in(path)
+
+
+def _note_in(folder: Path) -> str:
+    note = folder / NOTE_FILE
+    return note.read_text(encoding="utf-8") if note.is_file() else ""
 
 
 def check_finite(model: nn.Module, origin: str = "model") -> None:
@@ -252,7 +293,8 @@ def _unreadable(what: str) -> Iterator[None]:
         raise InputError(f"{what}: {error}") from error
 
 
-def _usable_device(device: str) -> torch.device:
+def usable_device(device: str) -> torch.device:
+    """A device by its name; InputError where it cannot be used."""
     try:
         # Only an allocation tells whether the device is really there.
         return torch.empty(0, device=device).device

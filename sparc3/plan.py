@@ -14,6 +14,7 @@ bytes of what one block received for all samples.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
@@ -26,6 +27,7 @@ from sparc3.engine import LOGITS_IN_FLIGHT
 from sparc3.errors import InputError
 from sparc3.families import Prunable, blocks_of, family_of
 from sparc3.scores import TOKENS_IN_FLIGHT
+from sparc3.timing import synchronize
 
 _SELECTION_BYTES, _LOGIT_BYTES = 12, 16
 # What a CUDA context and its libraries take before anything is allocated.
@@ -264,7 +266,8 @@ def _way(
     # One block's worth of them is put aside while the pruned block is run.
     weights = shape.block * (copies + (method in SEQUENTIAL))
     batch = shape.batch_tokens
-    in_flight = max(LOGITS_IN_FLIGHT, vocabulary * min(shape.samples, batch // max(1, shape.length)))
+    # A chunk of positions at a time, at least one of every sample in the batch.
+    in_flight = min(vocabulary * batch, max(LOGITS_IN_FLIGHT, vocabulary * batch // max(1, shape.length)))
     computed = {
         "weights": weights,
         "accumulators": 4 * shape.largest_prunable,
@@ -319,6 +322,45 @@ def boundaries_held(blocks: int, spacing: int | None) -> int:
     step = spacing or blocks
     # In each stretch of blocks: the checkpoints up to it, what the other blocks of it received, the gradients.
     return max(number + 1 + min(step, blocks - start) for number, start in enumerate(range(0, blocks, step)))
+
+
+# How long each of the two speeds is measured, and on how much.
+_MEASURED_SECONDS, _MEASURED_BYTES, _MEASURED_WIDTH = 0.3, 1 << 28, 2048
+
+
+def estimate_seconds(
+    way: Plan, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint | None
+) -> float:
+    """Seconds that a plan takes, from the speed of a matrix product and of reading, measured now.
+
+    Attention, norms, selection and writing are left out.
+    """
+    computing = way.operations / _operations_per_second(device, dtype, max(1, way.shape.batch_tokens))
+    reading = 0.0 if checkpoint is None else way.read / _bytes_per_second(checkpoint)
+    return max(computing, reading) if way.prefetch else computing + reading
+
+
+def _operations_per_second(device: torch.device, dtype: torch.dtype, rows: int) -> float:
+    x = torch.ones(rows, _MEASURED_WIDTH, device=device, dtype=dtype)
+    w = torch.ones(_MEASURED_WIDTH, _MEASURED_WIDTH, device=device, dtype=dtype)
+    x @ w
+    synchronize(device)
+    start, products = time.perf_counter(), 0
+    while time.perf_counter() - start < _MEASURED_SECONDS:
+        x @ w
+        synchronize(device)
+        products += 1
+    return 2 * rows * _MEASURED_WIDTH**2 * products / (time.perf_counter() - start)
+
+
+def _bytes_per_second(checkpoint: Checkpoint) -> float:
+    start, count = time.perf_counter(), 0
+    for stored in checkpoint.tensors.values():
+        stored.read()
+        count += stored.bytes
+        if count >= _MEASURED_BYTES:
+            break
+    return count / (time.perf_counter() - start)
 
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")

@@ -75,10 +75,11 @@ def identity_of(
         name: value if isinstance(value, str | int | float | bool | None) else str(value)
         for name, value in job.settings.items()
     }
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     return {
         "model": {
             "dtype": str(model.dtype),
-            "config": _sha(as_json(model.config.to_dict())),
+            "config": _sha(as_json(config)),
             **_files(checkpoint),
         },
         "samples": _sha_samples(job.samples),

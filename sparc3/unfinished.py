@@ -137,8 +137,10 @@ class Unfinished:
 
     def discard(self) -> None:
         """Remove everything of this run but ``out``."""
+        for folder in (self.scratch, self.new):
+            shutil.rmtree(folder, ignore_errors=True)
+        # The manifest last: as long as it is there, what it stands for is known.
         shutil.rmtree(self.root, ignore_errors=True)
-        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def finish(self) -> None:
         """Put the output in its place, and remove the rest."""

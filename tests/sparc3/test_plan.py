@@ -1,0 +1,144 @@
+"""What a plan says against what is counted by hand and what the engine holds."""
+
+import pytest
+import torch
+from tiny import CONFIGS, build
+
+from sparc3.checkpoint import Checkpoint
+from sparc3.errors import InputError
+from sparc3.families import blocks_of, prunable
+from sparc3.plan import Budget, exact_size, parse_size, plan, shape_of, size
+from sparc3.weights import empty_model
+
+VOCABULARY = 97
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sizes_are_those_of_the_loaded_model(name, dtype, tmp_path):
+    whole = build(name, "eager" if name == "gemma2" else "sdpa").to(dtype)
+    whole.save_pretrained(tmp_path)
+    model, checkpoint = empty_model(tmp_path), Checkpoint(tmp_path)
+    shape = shape_of(model, prunable(model), 7, 12, checkpoint)
+    blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(whole)]
+    assert shape.block == max(blocks)
+    assert shape.outside == sum(p.nbytes for p in whole.parameters()) - sum(blocks)
+    assert shape.stored_blocks == sum(blocks)
+    assert shape.stored_outside + shape.stored_blocks == checkpoint.bytes
+    weights = prunable(whole).values()
+    assert shape.prunable == sum(weight.weight.numel() for weight in weights)
+    assert shape.largest_tensor == max(weight.weight.numel() for weight in weights)
+    assert shape.boundary == 7 * 12 * 32 * dtype.itemsize
+    assert shape.batch_tokens == 84
+    assert shape_of(model, prunable(model), 400, 12, checkpoint).batch_tokens == 2040
+
+
+LLAMA = empty_model(build("llama", num_hidden_layers=9).config)
+
+
+def shape(samples=4, length=8):
+    return shape_of(LLAMA, prunable(LLAMA), samples, length)
+
+
+def budget(device=1 << 40, host=1 << 40, disk=1 << 40, process=0, separate=False):
+    return Budget(device, host, disk, process, separate)
+
+
+# A Llama block: q and o 32 x 32, k and v 16 x 32, gate, up and down 48 x 32; two norms of 32.
+PRUNABLE = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32
+BLOCK = 4 * (PRUNABLE + 64)
+BOUNDARY = 4 * 8 * 32 * 4
+
+
+def test_every_part_by_hand():
+    way = plan(shape(), "lrp", "row", budget(process=1000), VOCABULARY)
+    assert way.device == {
+        "process": 1000,
+        "weights": 2 * BLOCK,
+        "accumulators": 4 * PRUNABLE,
+        "activations": 32 * (8 * 32 + 4 * (32 + 2 * 16) + 6 * 48) * 4,
+        "outside of the blocks": 4 * (2 * VOCABULARY * 32 + 32),
+        "logits": 16 * 32 * VOCABULARY,
+        "selection": 12 * 48 * 32,
+        "boundaries": 10 * BOUNDARY,
+    }
+    assert way.host == {}
+    assert way.disk == {
+        "pruned model": 9 * BLOCK + 4 * (2 * VOCABULARY * 32 + 32),
+        "masks": 2 * (9 * PRUNABLE // 8),
+        "gradients, to resume": 2 * BOUNDARY,
+        "boundaries": 0,
+        "scores": 0,
+    }
+    assert (way.prefetch, way.on_disk, way.spacing, way.visits) == (True, False, None, 18)
+    assert way.read == 2 * 9 * BLOCK + 3 * 4 * (2 * VOCABULARY * 32 + 32)
+    assert way.operations == 8 * (PRUNABLE + 64) * 9 * 32
+    # What is outside of the blocks takes its turn; the blocks' parts are there together.
+    outside = way.device["outside of the blocks"] + way.device["logits"]
+    rest = sum(way.device.values()) - outside
+    always = 1000 + 10 * BOUNDARY
+    assert way.device_bytes == always + max(outside, rest - always)
+
+
+def test_what_a_gpu_and_the_host_hold():
+    way = plan(shape(), "lrp", "global", budget(process=1000, separate=True), VOCABULARY)
+    assert way.host == {
+        "process": 1000,
+        "boundaries": 10 * BOUNDARY,
+        "selection": 12 * 48 * 32,
+        "read buffers": 2 * BLOCK,
+    }
+    assert "boundaries" not in way.device
+    assert way.disk["scores"] == 4 * 9 * PRUNABLE
+    assert way.visits == 27
+
+
+def test_less_memory_takes_another_way():
+    plenty = plan(shape(200, 100), "lrp", "row", budget(), VOCABULARY)
+    assert (plenty.prefetch, plenty.on_disk, plenty.spacing) == (True, False, None)
+    short = plan(shape(200, 100), "lrp", "row", budget(plenty.device_bytes - 1), VOCABULARY)
+    assert (short.prefetch, short.on_disk, short.spacing) == (False, False, None)
+    shorter = plan(shape(200, 100), "lrp", "row", budget(short.device_bytes - 1), VOCABULARY)
+    assert (shorter.on_disk, shorter.spacing) == (True, None)
+    assert shorter.disk["boundaries"] == 10 * 200 * 100 * 32 * 4
+    spaced = plan(
+        shape(200, 100), "lrp", "row", budget(short.device_bytes - 1, disk=shorter.disk_bytes - 1), VOCABULARY
+    )
+    assert (spaced.on_disk, spaced.spacing) == (False, 3)
+    # 9 forwards, two stretches of 3 but for their last block once more, 9 backwards.
+    assert spaced.visits == 9 + 4 + 9
+    assert spaced.operations == plenty.operations * 10 // 8
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize(
+    ("method", "pattern"), [("lrp", "row"), ("lrp", "global"), ("magnitude", "2:4"), ("wanda", "row")]
+)
+def test_what_does_not_suffice_is_refused_with_what_would(method, pattern, separate):
+    for what, option in (("device", "--max-memory"), ("host", "--max-host-memory"), ("disk", "the disk has")):
+        if what == "host" and not separate:
+            continue
+        with pytest.raises(InputError, match=option) as refused:
+            plan(shape(), method, pattern, budget(**{what: 1}, separate=separate), VOCABULARY)
+        words = str(refused.value).split()
+        needed = next(word for word in words if word.endswith("MiB") and word[0].isdigit())
+        way = plan(
+            shape(), method, pattern, budget(**{what: parse_size(needed)}, separate=separate), VOCABULARY
+        )
+        used = {"device": way.device_bytes, "host": way.host_bytes, "disk": way.disk_bytes}[what]
+        assert parse_size(needed) - (1 << 20) < used <= parse_size(needed)
+
+
+def test_sizes_in_words():
+    assert [size(count) for count in (0, 5, 1023, 1024, 1536, 5 << 30, 7 << 40)] == [
+        *("0 B", "5 B", "1023 B", "1 KiB", "1.5 KiB", "5 GiB", "7 TiB")
+    ]
+    assert exact_size((1 << 20) + 1) == "2MiB"
+    for text, count in (
+        *(("8GiB", 8 << 30), ("8G", 8 << 30), ("8 gb", 8 * 10**9), ("1.5MiB", 3 << 19), ("100", 100)),
+        *(("1e9", 10**9), ("7kb", 7000), ("2TiB", 2 << 40), ("3 B", 3)),
+    ):
+        assert parse_size(text) == count
+    for text in ("", "GiB", "8XB", "-1GiB", "0", "nan", "inf", "1e400", "8 GiB of it"):
+        with pytest.raises(InputError, match="is not a size"):
+            parse_size(text)
