@@ -59,7 +59,7 @@ def decode(
     from sparc3.decode_peers import implementations
     from sparc3.decode_report import remarks, tables
     from sparc3.export import check_new
-    from sparc3.models import _usable_device
+    from sparc3.models import usable_device
     from sparc3.report import versions
     from sparc3.runtime import DTYPES
 
@@ -69,7 +69,7 @@ def decode(
     shares, batches = _sparsities(sparsity), _batches(batch)
     if out is not None:
         check_new(out, force)
-    where = _usable_device(device)
+    where = usable_device(device)
     console.begin()
     chosen = [
         one

@@ -160,6 +160,11 @@ def prune(
     shares = list(dict.fromkeys(requested_sparsity(share, pattern) for share in asked))
     text = text or ([console.BUNDLED_TEXT] if model in BUNDLED else [])
     if max_memory or max_host_memory or offload_dir or resume or dry_run or console.is_one_of_many():
+        if repair or allocate != "uniform" or "gblm" in methods:
+            raise InputError(
+                "--repair, --allocate and gblm need the model in memory; leave out the options that read it block by "
+                "block"
+            )
         if len(methods) * len(shares) > 1 or eval_text:
             raise InputError(
                 "--compare, --sparsities and --eval-text need the model in memory; prune block by block first, then "

@@ -14,20 +14,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from sparc3_kernels.select import pack_bits
+from sparc3_kernels.select import pack_bits, unpack_bits
 from transformers import PreTrainedModel
 
 from sparc3.allocate import check_allocation, owl_budgets, relevance_budgets
 from sparc3.errors import InputError
 from sparc3.evaluate import Perplexity, paired_interval, perplexity
-from sparc3.families import family_of, prunable
+from sparc3.families import Prunable, family_of, prunable
 from sparc3.inputs import Inputs
 from sparc3.mask import Mask, fingerprint
 from sparc3.reconstruct import least_squares, sparsegpt
 from sparc3.samples import Batch
 from sparc3.schedules import activation_score, gblm_score, sweep
 from sparc3.scores import METHODS, Scores, as_batches, attribute
-from sparc3.select import check_sparsity, check_width, parse_pattern
+from sparc3.select import check_sparsity, check_width, parse_pattern, select_within
 from sparc3.targets import next_tokens
 
 # Select inside the forward sweep; the second two have no scores to give without it.
@@ -168,21 +168,17 @@ class Pruner:
         def visit(name: str, inputs: Inputs) -> torch.Tensor:
             weight = weights[name]
             dense = weight.canonical(weight.weight).detach()
-            if not inputs.squares.isfinite().all():
-                raise InputError(f"the inputs of {name} are not finite; run the model with --dtype float32")
+            _check_inputs(name, inputs)
+            share = sparsity if budgets is None else budgets[name]
             new = dense
             if given is not None:
                 kept = weight.canonical(given.kept(name)).to(dense.device)
-            elif method == "sparsegpt":
-                assert inputs.gram is not None
-                share = sparsity if budgets is None else budgets[name]
-                kept, new = sparsegpt(dense, inputs.gram, share, self.pattern)
             elif method == "gblm":
-                kept = self._select(
-                    name, gblm_score(weight, inputs, gradients[name], samples), sparsity, budgets
+                kept = _select(
+                    name, gblm_score(weight, inputs, gradients[name], samples), share, self.pattern
                 )
             else:
-                kept = self._select(name, activation_score(weight, inputs, method), sparsity, budgets)
+                kept, new = choose_in_sweep(weight, inputs, method, share, self.pattern)
             if self.repair:
                 new = least_squares(dense, kept, inputs)
             new = new.to(dense.dtype).masked_fill(~kept, 0)
@@ -205,13 +201,6 @@ class Pruner:
             values,
         )
 
-    def _select(
-        self, name: str, scores: torch.Tensor, sparsity: float, budgets: dict[str, float] | None
-    ) -> torch.Tensor:
-        if not (scores.isfinite() | scores.isneginf()).all():
-            raise InputError(f"the scores of {name} are not finite; run the model with --dtype float32")
-        return Scores({name: scores}).select(sparsity, self.pattern, budgets=budgets).kept(name)
-
     def _gradients(self, progress: Callable[[int], None] | None) -> dict[str, torch.Tensor]:
         """{name: |W| ||G||_2 [..., out, in]}, G the gradients of each sample's mean loss."""
         if "gblm" not in self._scores:
@@ -225,6 +214,33 @@ class Pruner:
                 tensor.clamp_(min=0).sqrt_().mul_(samples / predicted)
             self._scores["gblm"] = scores
         return self._scores["gblm"].tensors
+
+
+def choose_in_sweep(
+    weight: Prunable, inputs: Inputs, method: str, share: float, pattern: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(kept, new values), both [..., out, in], of one weight by Wanda, RIA or SparseGPT; pruned values need not be 0.
+
+    Raises:
+        InputError: what the weight received, or a score, is not finite.
+    """
+    _check_inputs(weight.name, inputs)
+    dense = weight.canonical(weight.weight).detach()
+    if method == "sparsegpt":
+        assert inputs.gram is not None
+        return sparsegpt(dense, inputs.gram, share, pattern)
+    return _select(weight.name, activation_score(weight, inputs, method), share, pattern), dense
+
+
+def _check_inputs(name: str, inputs: Inputs) -> None:
+    if not inputs.squares.isfinite().all():
+        raise InputError(f"the inputs of {name} are not finite; run the model with --dtype float32")
+
+
+def _select(name: str, scores: torch.Tensor, share: float, pattern: str) -> torch.Tensor:
+    if not (scores.isfinite() | scores.isneginf()).all():
+        raise InputError(f"the scores of {name} are not finite; run the model with --dtype float32")
+    return unpack_bits(select_within(scores, share, pattern), scores.shape)
 
 
 def prune(

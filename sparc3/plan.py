@@ -6,6 +6,7 @@ bytes of what one block received for all samples.
     weights       the largest block, twice where the next one is read ahead
     accumulators  4 bytes for each prunable weight of the largest block
     activations   n (8 hidden + 4 attention + 6 intermediate) numbers: a block's graph and its backward
+    moments       of SparseGPT: 4 bytes for each pair of inputs of a block's weights, 24 for each of the widest one's
     boundaries    (L + 1) S, gradients included, or about 2 sqrt(L) S where the blocks between are run again
     selection     12 bytes for each weight of the largest tensor: ranked scores, bits, and the pruned weight
     logits        16 bytes for each of the logits in flight, beside what is outside of the blocks
@@ -30,6 +31,8 @@ from sparc3.scores import TOKENS_IN_FLIGHT
 from sparc3.timing import synchronize
 
 _SELECTION_BYTES, _LOGIT_BYTES = 12, 16
+# SparseGPT's second moments are fp32, and what it factors is fp64, three times at once.
+_MOMENT_BYTES, _FACTOR_BYTES = 4, 24
 # What a CUDA context and its libraries take before anything is allocated.
 _CUDA_CONTEXT = 512 << 20
 
@@ -43,6 +46,8 @@ class Shape:
         block, outside: bytes in memory of the largest block, and of what is outside of the blocks.
         stored_blocks, stored_outside: bytes of the checkpoint.
         prunable, largest_prunable, largest_tensor: weights in all, in the block that has most, in one tensor.
+        widest_input, squared_inputs: the most inputs that a weight has, and the sum of their squares over the weights
+            of the block that has most.
         width, numbers: of a token in what a block receives, and in a block's activations.
         itemsize: bytes of a number.
         samples, length: reference samples and their tokens.
@@ -56,6 +61,8 @@ class Shape:
     prunable: int
     largest_prunable: int
     largest_tensor: int
+    widest_input: int
+    squared_inputs: int
     block_weights: int
     width: int
     numbers: int
@@ -85,11 +92,12 @@ def shape_of(
     blocks = [sum(tensor.nbytes for tensor in block.state_dict().values()) for block in blocks_of(model)]
     everything = {tensor.data_ptr() or id(tensor): tensor for tensor in _distinct(model)}
     outside = sum(tensor.nbytes for tensor in everything.values()) - sum(blocks)
-    per_block = [0] * (len(blocks) + 1)
+    per_block, squared = [0] * (len(blocks) + 1), [0] * (len(blocks) + 1)
     for name, weight in weights.items():
         inside = name.startswith(f"{prefix}.")
         index = int(name.removeprefix(f"{prefix}.").split(".")[0]) if inside else len(blocks)
         per_block[index] += weight.weight.numel()
+        squared[index] += _inputs(weight) ** 2 * math.prod(weight.weight.shape[:-2])
     stored_blocks, stored_outside = sum(blocks), outside
     if checkpoint is not None:
         from sparc3.weights import OUTSIDE, block_groups
@@ -115,6 +123,8 @@ def shape_of(
         prunable=sum(per_block),
         largest_prunable=max(per_block),
         largest_tensor=max(weight.weight.numel() for weight in weights.values()),
+        widest_input=max(_inputs(weight) for weight in weights.values()),
+        squared_inputs=max(squared),
         block_weights=sum(blocks) // model.dtype.itemsize,
         width=config.hidden_size,
         numbers=8 * config.hidden_size + 4 * attention + 6 * intermediate,
@@ -122,6 +132,10 @@ def shape_of(
         samples=samples,
         length=length,
     )
+
+
+def _inputs(weight: Prunable) -> int:
+    return weight.weight.shape[-2 if weight.transposed else -1]
 
 
 def _distinct(model: PreTrainedModel) -> list[torch.Tensor]:
@@ -211,7 +225,7 @@ def plan(
     """
     ways = [
         _way(shape, method, pattern, budget, vocabulary, prefetch, on_disk, spaced)
-        for on_disk, spaced in ((False, False), (True, False), (False, True), (True, True))
+        for on_disk, spaced in (_BACKWARD_WAYS if _goes_backward(method) else _BACKWARD_WAYS[:1])
         for prefetch in (True, False)
     ]
     for way in ways:
@@ -222,6 +236,14 @@ def plan(
         ):
             return way
     raise InputError(_refusal(ways, budget))
+
+
+# (boundaries on disk, only some of them)
+_BACKWARD_WAYS = ((False, False), (True, False), (False, True), (True, True))
+
+
+def _goes_backward(method: str) -> bool:
+    return method not in ("magnitude", "random", *SEQUENTIAL)
 
 
 def _refusal(ways: list[Plan], budget: Budget) -> str:
@@ -256,26 +278,30 @@ def _way(
 ) -> Plan:
     blocks, boundary = shape.blocks, shape.boundary
     sampled = method not in ("magnitude", "random")
-    backward = sampled and method not in SEQUENTIAL
+    backward = _goes_backward(method)
     spacing = math.isqrt(blocks - 1) + 1 if spaced else None
     if not backward:
         held = 2 * boundary if sampled else 0  # what goes into a block and what comes out
     else:
         held = boundaries_held(blocks, spacing) * boundary
     copies = 2 if prefetch else 1
-    # One block's worth of them is put aside while the pruned block is run.
-    weights = shape.block * (copies + (method in SEQUENTIAL))
+    sequential = method in SEQUENTIAL
+    # The dense block is put aside while the pruned one is run.
+    weights = shape.block * (copies + 2 * sequential)
     batch = shape.batch_tokens
     # A chunk of positions at a time, at least one of every sample in the batch.
     in_flight = min(vocabulary * batch, max(LOGITS_IN_FLIGHT, vocabulary * batch // max(1, shape.length)))
     computed = {
         "weights": weights,
-        "accumulators": 4 * shape.largest_prunable,
+        "accumulators": 4 * shape.largest_prunable if backward or (sequential and pattern == "global") else 0,
+        "moments": _MOMENT_BYTES * shape.squared_inputs + _FACTOR_BYTES * shape.widest_input**2
+        if method == "sparsegpt"
+        else 0,
         "activations": batch * shape.numbers * shape.itemsize if sampled else 0,
         "outside of the blocks": shape.outside,
         "logits": _LOGIT_BYTES * in_flight if backward else 0,
     }
-    selected = {"selection": _SELECTION_BYTES * shape.largest_tensor}
+    selected = {"selection": (2 if sequential else 1) * _SELECTION_BYTES * shape.largest_tensor}
     kept = {"boundaries": boundary // max(1, shape.samples) if on_disk else held}
     if budget.separate:
         device = {"process": _CUDA_CONTEXT, **computed}

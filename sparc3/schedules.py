@@ -21,11 +21,14 @@ from sparc3.engine import Blocks
 from sparc3.families import Prunable, family_of
 from sparc3.inputs import Inputs, observe
 from sparc3.samples import Batch
+from sparc3.weights import WeightSource
 from sparc3.wrap import frozen
 
 Progress = Callable[[int], None]
 # (name, what the weight received) -> new values [..., out, in], or None to leave the weight
 Visitor = Callable[[str, Inputs], torch.Tensor | None]
+# (index of a block, or their number for what is outside of them, what comes out of it [B, T, D] for each batch)
+Done = Callable[[int, list[torch.Tensor]], None]
 _RIA_POWER, _GBLM_GRADIENT = 0.5, 100.0
 
 
@@ -56,6 +59,11 @@ def sweep(
     *,
     gram: bool = False,
     beside_dense: bool = False,
+    source: WeightSource | None = None,
+    home: torch.device | None = None,
+    done: Done | None = None,
+    start: int = 0,
+    received: Sequence[torch.Tensor] = (),
 ) -> None:
     """Block by block: observe inputs, let ``visit`` give new values, and go on with the block's new outputs.
 
@@ -66,21 +74,29 @@ def sweep(
         progress: called with samples-equivalents that add up to the number of samples.
         gram: sum the second moments of the inputs.
         beside_dense: run the dense model beside, for the moments between its inputs and those observed.
+        source: brings the weights; None: they are all in the model.
+        home: where what blocks hand on is kept meanwhile; None: where it is.
+        done: is told of each block that is done, its weights dense and still there.
+        start, received: go on at this block with what it receives, [B, T, D] for each batch.
     """
     with frozen(model):
-        blocks = Blocks(model)
-        recorded = [blocks.record(batch) for batch in samples]
-        hidden = [first for first, _ in recorded]
+        blocks = Blocks(model, source)
+        with blocks.source.outside():
+            recorded = [blocks.record(batch) for batch in samples]
+        hidden = list(received) if start else [first.to(home or first.device) for first, _ in recorded]
         dense_hidden = hidden
         total, reported = sum(len(batch["input_ids"]) for batch in samples), 0
         prefix = family_of(model).blocks
 
         def run_block(index: int, states: list[torch.Tensor], number: int) -> torch.Tensor:
-            return blocks.run(index, states[number], recorded[number][1][index])
+            received = states[number].to(samples[number]["input_ids"].device)
+            output = blocks.run(index, received, recorded[number][1][index])
+            return output.to(home or output.device)
 
         def run_head(states: list[torch.Tensor], number: int) -> torch.Tensor:
-            everywhere = torch.arange(states[number].shape[1], device=states[number].device)
-            blocks.logits(states[number], samples[number], everywhere)
+            device = samples[number]["input_ids"].device
+            everywhere = torch.arange(states[number].shape[1], device=device)
+            blocks.logits(states[number].to(device), samples[number], everywhere)
             return states[number]
 
         def visit_all(
@@ -94,7 +110,8 @@ def sweep(
             changed = {name: value for name, value in values.items() if value is not None}
             return changed, outputs, dense_outputs if apart else outputs
 
-        for index in range(len(blocks.blocks)):
+        depth = len(blocks.blocks)
+        for index in blocks.source.visit(range(start, depth)):
             of_block = {
                 name: weight for name, weight in weights.items() if name.startswith(f"{prefix}.{index}.")
             }
@@ -103,13 +120,19 @@ def sweep(
                 with _replaced(of_block, values):
                     hidden_then = [run_block(index, hidden, number) for number in range(len(samples))]
             hidden = hidden_then
+            if done is not None:
+                done(index, hidden)
             if progress is not None:
-                done = total * (index + 1) // len(blocks.blocks)
-                progress(done - reported)
-                reported = done
+                share = total * (index + 1) // depth
+                progress(share - reported)
+                reported = share
         of_head = {name: weight for name, weight in weights.items() if not name.startswith(f"{prefix}.")}
-        if of_head:
-            visit_all(of_head, run_head)
+        if of_head or done is not None:
+            with blocks.source.outside():
+                if of_head:
+                    visit_all(of_head, run_head)
+                if done is not None:
+                    done(depth, hidden)
 
 
 def activation_score(weight: Prunable, inputs: Inputs, method: str) -> torch.Tensor:

@@ -16,20 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparc3_kernels.select import apply_bits_, count_bits, select_stream
+from sparc3_kernels.select import apply_bits_, count_bits, pack_bits, select_stream
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.boundaries import Boundaries, InMemory, OnDisk
 from sparc3.checkpoint import INDEX, Checkpoint, Stored, read_header, read_into, write_tensors
-from sparc3.compress import SEQUENTIAL, default_settings
+from sparc3.compress import SEQUENTIAL, choose_in_sweep, default_settings
 from sparc3.engine import GRADIENT, Blocks, Resume, attribute_batches
-from sparc3.errors import InputError
 from sparc3.families import Prunable, blocks_of, family_of, prunable
+from sparc3.inputs import Inputs
 from sparc3.mask import fingerprint, mask_metadata
 from sparc3.models import NOTE_FILE
 from sparc3.plan import Plan
 from sparc3.report import as_json, versions
 from sparc3.samples import Batch
+from sparc3.schedules import activation_score, sweep
 from sparc3.scores import (
     Accumulators,
     batches_on,
@@ -65,6 +66,11 @@ class Job:
     exclude: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     described: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def updates(self) -> str | None:
+        """What changes the kept weights too."""
+        return "sparsegpt" if self.method == "sparsegpt" else None
 
 
 def identity_of(
@@ -152,13 +158,12 @@ def prune_by_block(
     output = _Output(job, source, run)
     if not output.is_scored():
         if job.method in ("lrp", "gradient"):
-            settings = _attribute(job, source, output, plan)
+            _attribute(job, source, output, plan)
         elif job.method in SEQUENTIAL:
-            raise InputError("not yet")
+            _in_sweep(job, source, output)
         else:
-            settings = _without_samples(job, source, output)
-    else:
-        settings = _settings(job)
+            _without_samples(job, source, output)
+    settings = _settings(job)
     if job.pattern == "global":
         output.select_globally()
     return output.finish(settings, tokenizer, report or {}, plan, start)
@@ -199,7 +204,7 @@ def _boundaries(source: Streamed, run: Unfinished, plan: Plan) -> Boundaries:
     return OnDisk(folder)
 
 
-def _attribute(job: Job, source: Streamed, output: _Output, plan: Plan) -> dict[str, Any]:
+def _attribute(job: Job, source: Streamed, output: _Output, plan: Plan) -> None:
     """Score by LRP or the gradient, from the last block down to the first."""
     chosen = {**default_settings(job.pattern), **job.settings}
     batches = batches_on(source.device, job.samples)
@@ -222,7 +227,6 @@ def _attribute(job: Job, source: Streamed, output: _Output, plan: Plan) -> dict[
             visitor=_Backward(batches, sink, boundaries, output),
             resume=None if depth is None else Resume(depth),
         )
-    return _settings(job)
 
 
 class _Backward:
@@ -248,7 +252,47 @@ class _Backward:
         self.output.scored(index, scores)
 
 
-def _without_samples(job: Job, source: Streamed, output: _Output) -> dict[str, Any]:
+def _in_sweep(job: Job, source: Streamed, output: _Output) -> None:
+    """Score by what the weights receive, from the first block up; each block sees the pruned ones before it."""
+    start = next(index for index in range(output.depth + 1) if not output.is_done(index))
+    scores, bits, values = {}, {}, {}
+
+    def score(name: str, inputs: Inputs) -> None:
+        scores[name] = activation_score(output.weights[name], inputs, job.method)
+
+    def choose(name: str, inputs: Inputs) -> torch.Tensor:
+        weight = output.weights[name]
+        kept, new = choose_in_sweep(weight, inputs, job.method, job.sparsity, job.pattern)
+        new = new.to(weight.weight.dtype).masked_fill(~kept, 0)
+        bits[name] = pack_bits(weight.canonical(kept).contiguous()).cpu()
+        if job.updates:
+            values[name] = weight.canonical(new)
+        return new
+
+    def done(index: int, outputs: list[torch.Tensor]) -> None:
+        output.save_state(index, outputs)
+        if output.is_global:
+            output.scored(index, scores)
+        else:
+            output.write(index, bits, values)
+        for parts in (scores, bits, values):
+            parts.clear()
+
+    sweep(
+        source.model,
+        batches_on(source.device, job.samples),
+        output.weights,
+        score if output.is_global else choose,
+        gram=job.method == "sparsegpt",
+        source=source,
+        home=torch.device("cpu"),
+        done=done,
+        start=start,
+        received=output.load_state(start - 1) if start else (),
+    )
+
+
+def _without_samples(job: Job, source: Streamed, output: _Output) -> None:
     """Score by magnitude or at random."""
     positions = {name: position for position, name in enumerate(output.weights)}
     seed = job.settings.get("seed", 0)
@@ -266,7 +310,6 @@ def _without_samples(job: Job, source: Streamed, output: _Output) -> dict[str, A
     if output.depth in left:
         with source.outside():
             score(output.depth)
-    return _settings(job)
 
 
 class _Output:
@@ -340,13 +383,22 @@ class _Output:
             bits[name] = as_stored(packed, tensor.shape, weight.transposed)
         self.write(index, bits)
 
-    def write(self, index: int, bits: Mapping[str, torch.Tensor]) -> None:
-        """Write a block's pruned weights, then its part of the mask, which says that the block is done."""
+    def write(
+        self, index: int, bits: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor] = {}
+    ) -> None:
+        """Write a block's pruned weights, then its part of the mask, which says that the block is done.
+
+        Args:
+            values: the weights as stored, where kept ones changed too.
+        """
         identity = fingerprint(self.source.model, {name: self.weights[name].weight for name in bits})
         kept = {name: count_bits(packed) for name, packed in bits.items()}
         for name, packed in bits.items():
-            weight = self.weights[name].weight
-            apply_bits_(weight.detach(), packed.to(weight.device))
+            weight = self.weights[name].weight.detach()
+            if name in values:
+                weight.copy_(values[name])
+            else:
+                apply_bits_(weight, packed.to(weight.device))
         self.run.save(
             self.run.new / self._shard(index), self.source.held(self._group(index)), None, {"format": "pt"}
         )
@@ -415,6 +467,7 @@ class _Output:
             "sparsity": self.job.sparsity,
             "pattern": self.job.pattern,
             "by": "magnitude",
+            **({"updates": self.job.updates} if self.job.updates else {}),
             **self.job.described,
         }
         notes = [note_of(self._file("mask", index)) for index in range(self.depth + 1)]

@@ -56,6 +56,7 @@ def test_every_part_by_hand():
         "process": 1000,
         "weights": 2 * BLOCK,
         "accumulators": 4 * PRUNABLE,
+        "moments": 0,
         "activations": 32 * (8 * 32 + 4 * (32 + 2 * 16) + 6 * 48) * 4,
         "outside of the blocks": 4 * (2 * VOCABULARY * 32 + 32),
         "logits": 16 * 32 * VOCABULARY,

@@ -25,6 +25,7 @@ def files(folder):
 KILLED = {
     "row": ("lrp", "row", 12, "write"),
     "global": ("lrp", "global", 12, "write"),
+    "wanda": ("wanda", "row", 8, "write"),
     "magnitude": ("magnitude", "layer", 6, "write"),
     "time": ("lrp", "global", 8, "time"),
 }
