@@ -11,7 +11,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from sparc3_kernels.attention import attention
+from sparc3_kernels.attention_backward import attention_backward
 from sparc3_kernels.gated_mlp import activation_backward, gated_product_backward
+from sparc3_kernels.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from torch.nn import functional as F
 
 
@@ -131,6 +134,92 @@ class Norm(torch.autograd.Function):
         return ctx.norm_backward(grads[0], *ctx.saved_tensors), None, None
 
 
+class FusedRMSNorm(torch.autograd.Function):
+    """The same in one kernel each way; saves its scale, and its input only where the scale is differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, scale_gradient: float
+    ) -> torch.Tensor:
+        y, _, scale = rms_norm(x, weight, eps, offset)
+        ctx.save_for_backward(weight, scale, x if scale_gradient else None)
+        ctx.numbers = eps, offset, scale_gradient
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        weight, scale, x = ctx.saved_tensors
+        (dy,), (eps, offset, scale_gradient) = grads, ctx.numbers
+        x = dy if x is None else x  # not read where the scale is constant
+        return rms_norm_backward(dy, x, weight, eps, offset, scale_gradient, scale), None, None, None, None
+
+
+class FusedLayerNorm(torch.autograd.Function):
+    """The same of a LayerNorm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        scale_gradient: float,
+    ) -> torch.Tensor:
+        y, _, scale = layer_norm(x, weight, bias, eps)
+        ctx.save_for_backward(weight, scale, x if scale_gradient else None)
+        ctx.numbers = eps, scale_gradient
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        weight, scale, x = ctx.saved_tensors
+        (dy,), (eps, scale_gradient) = grads, ctx.numbers
+        x = dy if x is None else x  # not read where the scale is constant
+        return layer_norm_backward(dy, x, weight, eps, scale_gradient, scale), None, None, None, None
+
+
+class Attention(torch.autograd.Function):
+    """The attention of sparc3_kernels, factors on the gradients of q, k, v; saves these, its output and lse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        begin: torch.Tensor | None,
+        end: torch.Tensor | None,
+        scale: float | None,
+        causal: bool,
+        window: int,
+        softcap: float,
+        scales: tuple[float, float, float],
+    ) -> torch.Tensor:
+        """[B, T, H, D] of q [B, H, T, D] and k, v [B, H_kv, T, D]; the rest as in sparc3_kernels.attention."""
+        settings: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        out, lse = attention(q, k, v, begin=begin, end=end, **settings)
+        ctx.save_for_backward(q, k, v, out, lse, begin, end)
+        ctx.settings, ctx.scales = settings, scales
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        q, k, v, out, lse, begin, end = ctx.saved_tensors
+        q_scale, k_scale, v_scale = ctx.scales
+        dq, dk, dv, _ = attention_backward(
+            *(grads[0], q, k, v, out, lse),
+            **ctx.settings,
+            begin=begin,
+            end=end,
+            q_scale=q_scale,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            need_qk=q_scale != 0.0 or k_scale != 0.0,
+        )
+        return dq, dk, dv, None, None, None, None, None, None, None
+
+
 class Activation(torch.autograd.Function):
     """y = f(x) with the identity rule or the plain derivative; saves x alone."""
 
@@ -156,14 +245,14 @@ class GatedProduct(torch.autograd.Function):
         ctx: Any,
         gate: torch.Tensor,
         up: torch.Tensor,
-        activation: Callable[[torch.Tensor], torch.Tensor],
+        product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         kind: str,
         identity: bool,
         scales: tuple[float, float],
     ) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.kind, ctx.identity, ctx.scales = kind, identity, scales
-        return activation(gate) * up
+        return product(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

@@ -2,7 +2,8 @@
 
 Everything is set on instances (their ``forward``) or under names of our own (an attention function
 ``sparc3_sdpa`` that calls ``sdpa``); no class and no existing registry entry is touched. The forward runs the
-model's own code, so logits are unchanged to the last bit.
+model's own code, so logits are unchanged to the last bit; on a GPU norms, gated products and attention run in fused
+kernels instead (sparc3.fused) and logits agree to rounding.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from sparc3_kernels.gated_mlp import gated_product
 from sparc3_kernels.norm import layer_norm_backward, rms_norm_backward
+from sparc3_kernels.triton_support import fused
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparc3 import autograd
+from sparc3 import fused as fused_parts
 from sparc3.autograd import Recomputed, WeightSink, scale_gradient
 from sparc3.families import Family, Prunable, activation_name, blocks_of, family_of, find
 from sparc3.rules import Rule
@@ -52,13 +56,17 @@ def wrap(
     names = {id(weight.module): weight for weight in (weights or {}).values()}
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        stack.enter_context(_attention(model, family, rule))
+        in_triton = fused(next(model.parameters()))
+        stack.enter_context(_attention(model, family, rule, in_triton))
         replace = partial(_replace_forward, stack)
         for path, module in model.named_modules():
             if path.endswith(("q_norm", "k_norm")) or is_norm(module):
                 inner = path.endswith(("q_norm", "k_norm"))
                 share = rule.qknorm_scale_gradient if inner else rule.norm_scale_gradient
-                replace(module, partial(_norm, _norm_backward(module, family, share)))
+                if in_triton:
+                    replace(module, partial(_fused_norm, fused_parts.norm(module, family, share)))
+                else:
+                    replace(module, partial(_norm, _norm_backward(module, family, share)))
             elif id(module) in names and names[id(module)].attribute == "weight":
                 assert sink is not None
                 replace(module, partial(_linear, names[id(module)], sink))
@@ -68,7 +76,7 @@ def wrap(
                 prefix = f"{family.blocks}.{index}.{family.experts}"
                 replace(experts, partial(_experts, experts, rule, prefix, weights or {}, sink))
             elif (mlp := find(block, family.mlp)) is not None:
-                replace(mlp, partial(_gated_mlp, mlp, family, rule))
+                replace(mlp, partial(_gated_mlp, mlp, family, rule, in_triton))
             else:
                 activation: Any = find(block, family.activation)
                 kind = activation_name(activation)
@@ -128,6 +136,12 @@ def _norm(
     return Recomputed.attach(y, lambda: forward(x.detach()))
 
 
+def _fused_norm(
+    norm: Callable[[torch.Tensor], torch.Tensor], _: Callable[..., torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    return Recomputed.attach(norm(x), lambda: norm(x.detach()))
+
+
 def _linear(weight: Prunable, sink: WeightSink, forward: Callable[..., torch.Tensor], x: torch.Tensor) -> Any:
     recomputed = getattr(x, "_sparc3_recompute", None)
     return autograd.Linear.apply(x, recomputed, forward, weight.canonical(weight.weight), weight.name, sink)
@@ -138,17 +152,24 @@ def _activation(kind: str, identity: bool, forward: Callable[..., torch.Tensor],
     return Recomputed.attach(y, lambda: forward(x.detach()))
 
 
-def _gated_mlp(mlp: nn.Module, family: Family, rule: Rule, _: Callable[..., Any], x: torch.Tensor) -> Any:
+def _gated_mlp(
+    mlp: nn.Module, family: Family, rule: Rule, in_triton: bool, _: Callable[..., Any], x: torch.Tensor
+) -> Any:
     activation = mlp.get_submodule(family.activation.removeprefix(f"{family.mlp}."))
     down = mlp.get_submodule(family.mlp_output.removeprefix(f"{family.mlp}."))
     if family.up is None:
         gate, up = mlp.get_submodule(family.gate)(x).chunk(2, dim=-1)
     else:
         gate, up = mlp.get_submodule(family.gate)(x), mlp.get_submodule(family.up)(x)
+    kind = activation_name(activation)
+
+    def multiply(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return gated_product(gate, up, kind) if in_triton else activation(gate) * up
+
     product = autograd.GatedProduct.apply(
-        gate, up, activation, activation_name(activation), rule.activation_identity, rule.product_scales
+        gate, up, multiply, kind, rule.activation_identity, rule.product_scales
     )
-    return down(Recomputed.attach(product, lambda: activation(gate.detach()) * up.detach()))
+    return down(Recomputed.attach(product, lambda: multiply(gate.detach(), up.detach())))
 
 
 def _experts(
@@ -182,9 +203,12 @@ def _experts(
 
 
 @contextmanager
-def _attention(model: PreTrainedModel, family: Family, rule: Rule) -> Iterator[None]:
+def _attention(model: PreTrainedModel, family: Family, rule: Rule, in_triton: bool) -> Iterator[None]:
     implementation = model.config._attn_implementation
-    name = _register_attention(implementation)
+    if in_triton and fused_parts.takes_attention(model, rule):
+        name = fused_parts.register_attention()
+    else:
+        name = _register_attention(implementation)
     modules: list[Any] = [find(block, family.attention) for block in blocks_of(model)]
     outer = [vars(module).get("_sparc3_scales") for module in modules]
     for module in modules:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc3_kernels.backend import forced
+from sparc3_kernels.backend import choose, forced
 
 
 class _Absent:
@@ -64,6 +64,15 @@ def unfit(*tensors: Tensor | None) -> str | None:
         if not (tensor.is_cuda or (interpreting() and forced() == "triton")):
             return f"the tensors are on {tensor.device}"
     return None
+
+
+def fused(tensor: Tensor) -> bool:
+    """Whether ops on tensors like this one run in Triton.
+
+    Raises:
+        BackendError: the forced backend cannot run here.
+    """
+    return choose("fused", {"triton": unfit(tensor)}) == "triton"
 
 
 @functools.cache

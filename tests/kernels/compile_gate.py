@@ -1,13 +1,13 @@
 """Compiles every Triton kernel, as its launcher would launch it, for the chips that users own; needs no GPU.
 
-    python tests/kernels/compile_gate.py [--all] [--only NAME] [--json FILE]
+    python tests/kernels/compile_gate.py [--all] [--only NAME] [--chips 90 ...] [--dtypes bf16 ...] [--json FILE]
 
 The launchers run on meta tensors with `launch` and `chip` replaced, so what is compiled is what would run: their
 choice of configuration, divisibility of sizes included. A kernel fails that spills to the stack, takes more shared
 memory than its chip has, or multiplies 16-bit matrices on sm_90 without wgmma. Exit code 1 if one fails.
 
-Without --all, kernels without a matrix product are compiled for sm_90 in bf16 and for sm_86 in fp32, and sm_86 stands
-for sm_89, which has the same registers and shared memory. This process must not have TRITON_INTERPRET set.
+Without --all, fp16 is left to bf16 and sm_89 to sm_86 (the same registers and shared memory), fp32 is compiled for
+sm_86, and kernels without a matrix product in bf16 for sm_90 alone. This process must not have TRITON_INTERPRET set.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def recorded(case: Case, dtype: torch.dtype, chip: int) -> list[Launch]:
                 signature[name] = "fp32"
         for name in kernel.arg_names[len(args) :]:
             signature[name] = "constexpr"
-        wgmma = case.matrix_product and dtype != torch.float32 and chip == 90
+        multiplies = case.matrix_product and "delta" not in kernel.__name__
+        wgmma = multiplies and dtype != torch.float32 and chip == 90
         found.append(
             Launch(
                 *(case.name, _TYPES[dtype], chip, kernel, tuple(signature.items()), tuple(constants.items())),
@@ -159,6 +160,13 @@ def _guarded(index: int) -> dict[str, Any]:
                 "faults": [f"{type(error).__name__}: {error}"]}  # fmt: skip
 
 
+def often(case: Case, dtype: torch.dtype, chip: int) -> bool:
+    """Whether a case is compiled without --all."""
+    if dtype == torch.bfloat16:
+        return chip == 90 or (case.matrix_product and chip in (80, 86, 120))
+    return dtype == torch.float32 and chip == 86
+
+
 def wanted(everything: bool, only: str) -> list[Launch]:
     """All launches to compile, each binary once."""
     launches: dict[tuple, Launch] = {}
@@ -167,14 +175,7 @@ def wanted(everything: bool, only: str) -> list[Launch]:
             continue
         for chip in CHIPS:
             for dtype in case.dtypes:
-                if not everything and (
-                    chip == 89
-                    or (dtype == torch.float16 and not (case.matrix_product and chip == 90))
-                    or (
-                        not case.matrix_product
-                        and (chip, dtype) not in ((90, torch.bfloat16), (86, torch.float32))
-                    )
-                ):
+                if not (everything or often(case, dtype, chip)):
                     continue
                 for launch in recorded(case, dtype, chip):
                     launches.setdefault(launch.key, launch)
@@ -186,9 +187,12 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--only", default="")
+    parser.add_argument("--chips", type=int, nargs="+", default=CHIPS, choices=CHIPS)
+    parser.add_argument("--dtypes", nargs="+", default=list(_TYPES.values())[:3])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    _launches.extend(wanted(arguments.all, arguments.only))
+    launches = wanted(arguments.all, arguments.only)
+    _launches.extend(x for x in launches if x.chip in arguments.chips and x.dtype in arguments.dtypes)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # nothing is kept between runs
         with multiprocessing.get_context("fork").Pool(min(2, os.cpu_count() or 1)) as pool:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from sparc3_kernels import gated_mlp, norm, weight_relevance, weight_score
+from sparc3_kernels import attention, attention_backward, gated_mlp, norm, weight_relevance, weight_score
 from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -84,7 +84,8 @@ def _weight_relevance() -> list[Case]:
             bounds = torch.empty(17, dtype=torch.int32, device="meta")
             weight_relevance._accumulate_triton(acc, g, x, reduce, bounds)
 
-        cases.append(Case(f"weight relevance {reduce}", run, matrix_product=True))
+        rarely = reduce in ("signed", "square")
+        cases.append(Case(f"weight relevance {reduce}", run, matrix_product=True, rarely=rarely))
     return cases
 
 
@@ -103,4 +104,44 @@ def _weight_score() -> list[Case]:
     return cases
 
 
-CASES: list[Case] = [*_norms(), *_gated_mlp(), *_weight_relevance(), *_weight_score()]
+# name: causal, window, softcap, sequences by begin and end, temperature, need_qk, and whether a neighbour is tighter
+_ATTENTIONS = {
+    "causal": (True, 0, 0.0, False, 1.0, True, False),
+    "causal, values only": (True, 0, 0.0, False, 1.0, False, False),
+    "causal, padded": (True, 0, 0.0, True, 1.0, True, True),
+    "window, padded": (True, 1024, 0.0, True, 1.0, True, True),
+    "window, soft-cap, padded": (True, 1024, 50.0, True, 1.0, True, False),
+    "soft-cap": (True, 0, 50.0, False, 1.0, True, True),
+    "values only, window, soft-cap": (True, 1024, 50.0, True, 1.0, False, True),
+    "temperature": (True, 0, 0.0, False, 2.0, True, True),
+    "temperature, soft-cap, window": (True, 1024, 50.0, True, 2.0, True, True),
+    "full": (False, 0, 0.0, False, 1.0, True, True),
+}
+
+
+def _attention() -> list[Case]:
+    cases = []
+    for name, (causal, window, softcap, sequences, temperature, need_qk, rarely) in _ATTENTIONS.items():
+        for width in (64, 96, 128, 256):
+
+            def run(
+                dtype: torch.dtype,
+                settings: tuple = (causal, window, softcap),
+                sequences: bool = sequences,
+                last: tuple = (temperature, need_qk),
+                width: int = width,
+            ) -> None:
+                q, k = meta(2, 32, 2048, width, dtype=dtype), meta(2, 8, 2048, width, dtype=dtype)
+                out, lse = meta(2, 2048, 32, width, dtype=dtype), meta(2, 32, 2048, dtype=torch.float32)
+                bound = meta(2, dtype=torch.int32) if sequences else None
+                attention._attention_triton(q, k, k, bound, bound, 0.1, *settings)
+                attention_backward._attention_backward_triton(
+                    out, q, k, k, out, lse, bound, bound, 0.1, *settings, 0.25, 0.25, 0.5, *last
+                )
+
+            skip = rarely or width in (64, 96)
+            cases.append(Case(f"attention {width} {name}", run, HALVES, matrix_product=True, rarely=skip))
+    return cases
+
+
+CASES: list[Case] = [*_norms(), *_gated_mlp(), *_weight_relevance(), *_weight_score(), *_attention()]

@@ -1,0 +1,79 @@
+"""A wrapped model on the Triton kernels (in the interpreter on a CPU) against the same model on the reference."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import weight_gradients
+from sparc3_kernels import backend
+from sparc3_kernels.backend import unavailable
+from sparc3_kernels.triton_support import interpreting
+from tiny import batch, build, singles, state
+
+from sparc3.families import prunable
+from sparc3.rules import Rule
+from sparc3.scores import Accumulators, accumulate
+from sparc3.targets import target_value
+from sparc3.wrap import wrap
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+from interpreter import DEVICE, mend_bfloat16
+
+pytestmark = pytest.mark.skipif(unavailable("triton") is not None, reason=str(unavailable("triton")))
+if interpreting() and unavailable("triton") is None:
+    mend_bfloat16()
+
+# What each adds: grouped heads; a window in every layer; q- and k-norms; weights 1 + w, soft-caps and a window in
+# half of the layers; gate and up in one linear; LayerNorm and ReLU with biases.
+FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "phi3", "opt"]
+
+
+def on_device(name):
+    inputs = {key: value.to(DEVICE) for key, value in batch().items()}
+    return build(name, "eager" if name == "gemma2" else "sdpa").to(DEVICE), inputs
+
+
+@pytest.mark.parametrize("rule", ["attnlrp", "gradient"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_relevance_agrees_with_the_reference(name, rule):
+    model, inputs = on_device(name)
+    weights = prunable(model)
+    before = state(model) if DEVICE == "cpu" else None
+    sink = Accumulators(weights, "signed")
+    with backend("triton"):
+        accumulate(model, [inputs], Rule.parse(rule), "logprob", "all", weights, sink)
+    assert before is None or state(model) == before
+    target = partial(target_value, target="logprob")
+    expected = [weight_gradients(model, sample, Rule.parse(rule), target)[1] for sample in singles(inputs)]
+    for key, weight in weights.items():
+        exact = sum(weight.canonical(sample[key]) for sample in expected)
+        # fp32 through two blocks, against an independent graph in fp64
+        assert (sink.sums[key].double() - exact).norm() <= 1e-5 * exact.norm(), key
+
+
+@pytest.mark.parametrize("rule", ["cp", "attnlrp"])
+def test_logits_agree_to_rounding(rule):
+    model, inputs = on_device("gemma3_text")
+    with torch.no_grad():
+        plain = model(**inputs, use_cache=False).logits
+        with backend("triton"), wrap(model, Rule.parse(rule)):
+            ours = model(**inputs, use_cache=False).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours[real], plain[real], rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_that_no_kernel_knows_takes_the_models_own_attention():
+    model, inputs = on_device("llama")
+    inputs["attention_mask"][0, 3] = 0  # a hole
+    weights = prunable(model)
+    results = []
+    for name in ("triton", "reference"):
+        sink = Accumulators(weights, "signed")
+        with backend(name):
+            accumulate(model, [inputs], Rule(), "logprob", "all", weights, sink)
+        results.append(sink.sums)
+    for key in weights:
+        torch.testing.assert_close(results[0][key], results[1][key], rtol=1e-4, atol=1e-5)
