@@ -9,24 +9,45 @@
 namespace sparc3 {
 namespace {
 
-const Kernels *best() {
+struct Isa {
+    const char *name;
+    uint32_t features;  // that it needs
+    const Kernels *kernels;
+    const PackedKernels *packed;
+};
+
+// Best first.
+constexpr Isa kIsas[] = {
 #ifdef SPARC3_X86
-    const uint32_t features = sparc3_cpu_features();
-    if (features & SPARC3_CPU_AVX512) return &kernels_avx512;
-    if (features & SPARC3_CPU_AVX2) return &kernels_avx2;
+    {"avx512bf16", SPARC3_CPU_AVX512 | SPARC3_CPU_AVX512_VBMI2 | SPARC3_CPU_AVX512_BF16, &kernels_avx512,
+     &packed_avx512bf16},
+    {"avx512vbmi2", SPARC3_CPU_AVX512 | SPARC3_CPU_AVX512_VBMI2, &kernels_avx512, &packed_avx512vbmi2},
+    {"avx512", SPARC3_CPU_AVX512, &kernels_avx512, &packed_avx512},
+    {"avx2", SPARC3_CPU_AVX2, &kernels_avx2, &packed_avx2},
 #endif
-    return &kernels_portable;
+    {"portable", 0, &kernels_portable, &packed_portable},
+};
+
+// The first one that the machine has, of this name where one is given; null where there is none.
+const Isa *find(const char *name) {
+    const uint32_t features = sparc3_cpu_features();
+    for (const Isa &isa : kIsas)
+        if ((isa.features & ~features) == 0 && (!name || !strcmp(name, isa.name))) return &isa;
+    return nullptr;
 }
 
-std::atomic<const Kernels *> in_use{nullptr};
+std::atomic<const Isa *> chosen{nullptr};
+
+const Isa &in_use() {
+    const Isa *isa = chosen.load(std::memory_order_relaxed);
+    if (!isa) chosen.store(isa = find(nullptr), std::memory_order_relaxed);
+    return *isa;
+}
 
 }  // namespace
 
-const Kernels &kernels() {
-    const Kernels *chosen = in_use.load(std::memory_order_relaxed);
-    if (!chosen) in_use.store(chosen = best(), std::memory_order_relaxed);
-    return *chosen;
-}
+const Kernels &kernels() { return *in_use().kernels; }
+const PackedKernels &packed_kernels() { return *in_use().packed; }
 
 }  // namespace sparc3
 
@@ -41,30 +62,22 @@ uint32_t sparc3_cpu_features(void) {
         features |= SPARC3_CPU_AVX2;
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl"))
+            __builtin_cpu_supports("avx512vl")) {
             features |= SPARC3_CPU_AVX512;
+            if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq"))
+                features |= SPARC3_CPU_AVX512_VBMI2;
+            if (__builtin_cpu_supports("avx512bf16")) features |= SPARC3_CPU_AVX512_BF16;
+        }
     }
 #endif
     return features;
 }
 
-const char *sparc3_isa(void) { return kernels().name; }
+const char *sparc3_isa(void) { return in_use().name; }
 
 int sparc3_force_isa(const char *name) {
-    const Kernels *wanted = nullptr;
-    if (!name) {
-        wanted = best();
-    } else if (!strcmp(name, kernels_portable.name)) {
-        wanted = &kernels_portable;
-    }
-#ifdef SPARC3_X86
-    else if (!strcmp(name, kernels_avx2.name) && sparc3_cpu_features() & SPARC3_CPU_AVX2) {
-        wanted = &kernels_avx2;
-    } else if (!strcmp(name, kernels_avx512.name) && sparc3_cpu_features() & SPARC3_CPU_AVX512) {
-        wanted = &kernels_avx512;
-    }
-#endif
-    if (!wanted) return SPARC3_ERROR_ISA;
-    in_use.store(wanted, std::memory_order_relaxed);
+    const Isa *isa = find(name);
+    if (!isa) return SPARC3_ERROR_ISA;
+    chosen.store(isa, std::memory_order_relaxed);
     return SPARC3_OK;
 }

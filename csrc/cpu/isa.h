@@ -1,10 +1,12 @@
+// The instruction set in use: the best one that the machine has, or the one forced.
 #pragma once
 
 #include "kernels.h"
+#include "packed_kernels.h"
 
 namespace sparc3 {
 
-// The kernels of the instruction set in use.
 const Kernels &kernels();
+const PackedKernels &packed_kernels();
 
 }  // namespace sparc3

@@ -12,6 +12,9 @@ const char *sparc3_strerror(int status) {
         case SPARC3_ERROR_CHANGED: return "the scores of the second pass are not those of the first";
         case SPARC3_ERROR_ISA: return "this machine or build lacks the instruction set";
         case SPARC3_ERROR_CUDA: return "the CUDA driver or runtime reported an error";
+        case SPARC3_ERROR_FORMAT: return "a packed weight contradicts itself";
+        case SPARC3_ERROR_PATTERN: return "the weight is not N:M";
+        case SPARC3_ERROR_OVERLAP: return "an output overlaps an input, another output or the workspace";
     }
     return "unknown status";
 }

@@ -16,33 +16,6 @@ typedef float Vector __attribute__((vector_size(4 * kWidth)));
 typedef float Unaligned __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef int32_t Bits __attribute__((vector_size(4 * kWidth)));
 
-inline float to_float(float value) { return value; }
-inline float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
-inline float to_float(BFloat16 value) { return float_of((uint32_t)value.bits << 16); }
-// Exact for every half, whether or not the caller's thread flushes subnormal fp32 numbers (subnormal halves are
-// normal in fp32 and are made by subtracting two normal numbers).
-inline float to_float(Float16 value) {
-    const uint32_t sign = (uint32_t)(value.bits & 0x8000) << 16, size = (uint32_t)(value.bits & 0x7fff) << 13;
-    const uint32_t rebias = (127 - 15) << 23, smallest = (127 - 14) << 23;
-    const uint32_t normal = size + rebias, special = size + 2 * rebias;
-    float subnormal = float_of(size | smallest) - float_of(smallest);
-    uint32_t magnitude;
-    memcpy(&magnitude, &subnormal, sizeof magnitude);
-    magnitude = size >= 1u << 23 ? normal : magnitude;
-    magnitude = size >= 31u << 23 ? special : magnitude;
-    return float_of(sign | magnitude);
-}
-
 // packed[panel][token][tile] = source[token][panel * tile + ...], zeros beyond `width`.
 template <class Source>
 void pack_panels(const Source *source, size_t tokens, size_t stride, size_t width, size_t tile, float *packed) {

@@ -16,13 +16,19 @@ are zeros that multiply, so an infinite input gives NaN as it does in a dense la
 import torch
 from torch import Tensor
 
+from sparc3_kernels import native
 from sparc3_kernels.packed import (
     check_input,
     check_lists,
     check_offsets,
+    check_status,
     check_weight,
+    count_kept,
     dynamic_length,
+    multiply_by,
     row_offsets,
+    runs_on_cpu,
+    unpack_by,
 )
 from sparc3_kernels.select import pack_bits, unpack_bits
 
@@ -51,6 +57,27 @@ def bitmap_linear_reference(
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def _pack_native(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    weight = weight.contiguous()
+    rows, columns = weight.shape
+    offsets = count_kept(weight)
+    bits = native.huge_empty((rows, _row_bytes(columns)), torch.uint8)
+    values = native.huge_empty((int(offsets[-1]),), weight.dtype)
+    status = native.library().sparc3_bitmap_pack(
+        *(native.DTYPES[weight.dtype], weight.data_ptr(), rows, columns, offsets.data_ptr(), bits.data_ptr()),
+        *(values.data_ptr(), values.numel(), torch.get_num_threads()),
+    )
+    native.check(status)
+    return bits, values, offsets
+
+
+def _native(bits: Tensor, values: Tensor, offsets: Tensor, columns: int) -> native.Bitmap:
+    return native.Bitmap(
+        *(native.DTYPES[values.dtype], offsets.numel() - 1, columns, values.numel()),
+        *(bits.data_ptr(), values.data_ptr(), offsets.data_ptr()),
+    )
+
+
 torch.library.define("sparc3::pack_bitmap", "(Tensor weight) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     "sparc3::unpack_bitmap", "(Tensor bits, Tensor values, Tensor offsets, int columns) -> Tensor"
@@ -64,13 +91,27 @@ torch.library.define(
 @torch.library.impl("sparc3::pack_bitmap", "default")
 def _pack_bitmap(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_weight(weight)
+    if runs_on_cpu("pack_bitmap", weight):
+        return _pack_native(weight)
     return pack_bitmap_reference(weight)
 
 
 @torch.library.impl("sparc3::unpack_bitmap", "default")
 def _unpack_bitmap(bits: Tensor, values: Tensor, offsets: Tensor, columns: int) -> Tensor:
     _check_shapes(bits, values, offsets, columns)
-    return unpack_bitmap_reference(bits, values, offsets, columns)
+    if not runs_on_cpu("unpack_bitmap", values):
+        return unpack_bitmap_reference(bits, values, offsets, columns)
+    bits, values, offsets = bits.contiguous(), values.contiguous(), offsets.contiguous()
+    if offsets[0] != 0 or offsets[-1] != values.numel():
+        check_offsets(values, offsets)
+    status, weight = unpack_by(
+        native.library().sparc3_bitmap_unpack,
+        _native(bits, values, offsets, columns),
+        (bits.shape[0], columns),
+        values.dtype,
+    )
+    check_status(status, lambda: check_bitmap(bits, values, offsets, columns))
+    return weight
 
 
 @torch.library.impl("sparc3::bitmap_linear", "default")
@@ -79,13 +120,19 @@ def _bitmap_linear(
 ) -> Tensor:
     check_input(x, None, bits.shape[0], values, bias)
     _check_shapes(bits, values, offsets, x.shape[-1])
-    return bitmap_linear_reference(x, bits, values, offsets, bias)
+    if not runs_on_cpu("bitmap_linear", values):
+        return bitmap_linear_reference(x, bits, values, offsets, bias)
+    bits, values, offsets = bits.contiguous(), values.contiguous(), offsets.contiguous()
+    packed = _native(bits, values, offsets, x.shape[-1])
+    status, y = multiply_by(native.library().sparc3_bitmap_linear, packed, bits.shape[0], x, bias)
+    check_status(status, lambda: check_bitmap(bits, values, offsets, x.shape[-1]))
+    return y
 
 
 @torch.library.register_fake("sparc3::pack_bitmap")
 def _fake_pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = weight.shape
-    bits = weight.new_empty((rows, (columns + 31) // 32 * 4), dtype=torch.uint8)
+    bits = weight.new_empty((rows, _row_bytes(columns)), dtype=torch.uint8)
     return bits, dynamic_length(weight), weight.new_empty(rows + 1, dtype=torch.int64)
 
 
@@ -165,9 +212,13 @@ def check_bitmap(bits: Tensor, values: Tensor, offsets: Tensor, columns: int) ->
         raise ValueError(f"bits of row {row} are set beyond its {columns} columns")
 
 
+def _row_bytes(columns: int) -> int:
+    return (columns + 31) // 32 * 4
+
+
 def _check_shapes(bits: Tensor, values: Tensor, offsets: Tensor, columns: int) -> None:
     check_lists(values, offsets)
-    expected = (offsets.numel() - 1, (columns + 31) // 32 * 4)
+    expected = (offsets.numel() - 1, _row_bytes(columns))
     if bits.dtype != torch.uint8 or columns < 0 or tuple(bits.shape) != expected:
         raise ValueError(
             f"bits of a weight [{expected[0]}, {columns}] are uint8 {list(expected)}, "

@@ -15,14 +15,20 @@ csr_linear is y = x W^T + bias. Pruned weights do not multiply: an infinite inpu
 import torch
 from torch import Tensor
 
+from sparc3_kernels import native
 from sparc3_kernels.bitmap import check_bitmap
 from sparc3_kernels.packed import (
     check_input,
     check_lists,
     check_offsets,
+    check_status,
     check_weight,
+    count_kept,
     dynamic_length,
+    multiply_by,
     row_offsets,
+    runs_on_cpu,
+    unpack_by,
 )
 from sparc3_kernels.select import pack_bits, unpack_bits
 
@@ -51,6 +57,26 @@ def csr_linear_reference(
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def _pack_native(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    weight = weight.contiguous()
+    offsets = count_kept(weight)
+    values = native.huge_empty((int(offsets[-1]),), weight.dtype)
+    indices = native.huge_empty(values.shape, index_dtype(weight.shape[1]))
+    status = native.library().sparc3_csr_pack(
+        *(native.DTYPES[weight.dtype], weight.data_ptr(), *weight.shape, offsets.data_ptr()),
+        *(indices.data_ptr(), values.data_ptr(), values.numel(), torch.get_num_threads()),
+    )
+    native.check(status)
+    return indices, values, offsets
+
+
+def _native(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> native.CSR:
+    return native.CSR(
+        *(native.DTYPES[values.dtype], offsets.numel() - 1, columns, values.numel()),
+        *(indices.data_ptr(), values.data_ptr(), offsets.data_ptr()),
+    )
+
+
 torch.library.define("sparc3::pack_csr", "(Tensor weight) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     "sparc3::unpack_csr", "(Tensor indices, Tensor values, Tensor offsets, int columns) -> Tensor"
@@ -64,13 +90,27 @@ torch.library.define(
 @torch.library.impl("sparc3::pack_csr", "default")
 def _pack_csr(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_weight(weight)
+    if runs_on_cpu("pack_csr", weight):
+        return _pack_native(weight)
     return pack_csr_reference(weight)
 
 
 @torch.library.impl("sparc3::unpack_csr", "default")
 def _unpack_csr(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> Tensor:
     _check_shapes(indices, values, offsets, columns)
-    return unpack_csr_reference(indices, values, offsets, columns)
+    if not runs_on_cpu("unpack_csr", values):
+        return unpack_csr_reference(indices, values, offsets, columns)
+    indices, values, offsets = indices.contiguous(), values.contiguous(), offsets.contiguous()
+    if offsets[0] != 0 or offsets[-1] != values.numel():
+        check_offsets(values, offsets)
+    status, weight = unpack_by(
+        native.library().sparc3_csr_unpack,
+        _native(indices, values, offsets, columns),
+        (offsets.numel() - 1, columns),
+        values.dtype,
+    )
+    check_status(status, lambda: check_csr(indices, values, offsets, columns))
+    return weight
 
 
 @torch.library.impl("sparc3::csr_linear", "default")
@@ -79,7 +119,13 @@ def _csr_linear(
 ) -> Tensor:
     check_input(x, None, offsets.numel() - 1, values, bias)
     _check_shapes(indices, values, offsets, x.shape[-1])
-    return csr_linear_reference(x, indices, values, offsets, bias)
+    if not runs_on_cpu("csr_linear", values):
+        return csr_linear_reference(x, indices, values, offsets, bias)
+    indices, values, offsets = indices.contiguous(), values.contiguous(), offsets.contiguous()
+    packed = _native(indices, values, offsets, x.shape[-1])
+    status, y = multiply_by(native.library().sparc3_csr_linear, packed, packed.rows, x, bias)
+    check_status(status, lambda: check_csr(indices, values, offsets, x.shape[-1]))
+    return y
 
 
 @torch.library.register_fake("sparc3::pack_csr")
@@ -140,7 +186,8 @@ def csr_linear(
         y [..., rows], dtype of `x`; products are summed up in fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, or what `check_csr` finds.
+        ValueError: shapes, dtypes or devices that do not fit together. Corrupt indices are an error where they are
+            noticed, else a wrong product: run `check_csr` once on a weight from outside.
     """
     return torch.ops.sparc3.csr_linear(x, indices, values, offsets, bias)
 

@@ -1,13 +1,14 @@
 """The C libraries (csrc/) through ctypes: the one file that knows where they are and what they take.
 
 `libsparc3` (CPU) and `libsparc3_cuda` lie in _native/lib beside this file, where setup.py installs them. The
-environment variable SPARC3_ISA=avx512|avx2|portable forces an instruction set.
+environment variable SPARC3_ISA=avx512bf16|avx512vbmi2|avx512|avx2|portable forces an instruction set.
 """
 
 import ctypes
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ _NATIVE = Path(__file__).resolve().parent / "_native"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 REDUCTIONS = {"abs": 0, "square": 1}
-OK, NAN, CHANGED = 0, 3, 5
+OK, NAN, CHANGED, FORMAT, PATTERN = 0, 3, 5, 8, 9
+ISAS = ("portable", "avx2", "avx512", "avx512vbmi2", "avx512bf16")
 
 
 class Threshold(ctypes.Structure):
@@ -27,7 +29,51 @@ class Threshold(ctypes.Structure):
     _fields_ = (("key", c_int32), ("reserved", c_uint32), ("keep_equal", c_uint64))
 
 
+class Bitmap(ctypes.Structure):
+    """sparc3_bitmap."""
+
+    _fields_ = (
+        ("dtype", c_int),
+        ("rows", c_size_t),
+        ("columns", c_size_t),
+        ("count", c_size_t),
+        ("bits", c_void_p),
+        ("values", c_void_p),
+        ("offsets", c_void_p),
+    )
+
+
+class NM(ctypes.Structure):
+    """sparc3_nm."""
+
+    _fields_ = (
+        ("dtype", c_int),
+        ("n", c_int),
+        ("m", c_int),
+        ("rows", c_size_t),
+        ("columns", c_size_t),
+        ("values", c_void_p),
+        ("indices", c_void_p),
+    )
+
+
+class CSR(ctypes.Structure):
+    """sparc3_csr."""
+
+    _fields_ = (
+        ("dtype", c_int),
+        ("rows", c_size_t),
+        ("columns", c_size_t),
+        ("count", c_size_t),
+        ("indices", c_void_p),
+        ("values", c_void_p),
+        ("offsets", c_void_p),
+    )
+
+
 _STATUS = c_int
+_MATRIX = [c_int, c_void_p, c_size_t, c_size_t]  # dtype, weight, rows, columns
+_LINEAR = [c_void_p, c_size_t, c_void_p, c_void_p, c_int, c_void_p, c_size_t]
 _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
     "sparc3": {
         "sparc3_version": (c_char_p, []),
@@ -59,6 +105,24 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
             _STATUS,
             [c_int, c_int, c_void_p, c_void_p] + [c_size_t] * 4 + [c_void_p, c_int, c_void_p, c_size_t],
         ),
+        "sparc3_advise_huge_pages": (None, [c_void_p, c_size_t]),
+        "sparc3_linear_workspace_size": (c_size_t, [c_size_t] * 3 + [c_int]),
+        "sparc3_count_kept": (_STATUS, [*_MATRIX, c_void_p, c_int]),
+        "sparc3_bitmap_pack": (_STATUS, [*_MATRIX, c_void_p, c_void_p, c_void_p, c_size_t, c_int]),
+        "sparc3_bitmap_check": (_STATUS, [POINTER(Bitmap), c_int]),
+        "sparc3_bitmap_unpack": (_STATUS, [POINTER(Bitmap), c_void_p, c_int]),
+        "sparc3_bitmap_linear": (_STATUS, [POINTER(Bitmap), *_LINEAR]),
+        "sparc3_nm_pack": (
+            _STATUS,
+            [*_MATRIX, c_int, c_int, c_void_p, c_void_p, POINTER(c_uint64), c_int],
+        ),
+        "sparc3_nm_check": (_STATUS, [POINTER(NM), c_int]),
+        "sparc3_nm_unpack": (_STATUS, [POINTER(NM), c_void_p, c_int]),
+        "sparc3_nm_linear": (_STATUS, [POINTER(NM), *_LINEAR]),
+        "sparc3_csr_pack": (_STATUS, [*_MATRIX, c_void_p, c_void_p, c_void_p, c_size_t, c_int]),
+        "sparc3_csr_check": (_STATUS, [POINTER(CSR), c_int]),
+        "sparc3_csr_unpack": (_STATUS, [POINTER(CSR), c_void_p, c_int]),
+        "sparc3_csr_linear": (_STATUS, [POINTER(CSR), *_LINEAR]),
     },
     "sparc3_cuda": {
         "sparc3_cuda_version": (c_char_p, []),
@@ -87,7 +151,7 @@ def _load(name: str) -> ctypes.CDLL | str:
         return f"{path} cannot be loaded: {error}; reinstall the package"
     if name == "sparc3" and (isa := os.environ.get("SPARC3_ISA")):
         if library.sparc3_force_isa(isa.encode()):
-            return f"SPARC3_ISA={isa} is not on this machine or in this build (avx512, avx2 or portable)"
+            return f"SPARC3_ISA={isa} is not on this machine or in this build ({', '.join(ISAS)})"
     return library
 
 
@@ -116,7 +180,7 @@ def check(status: int) -> None:
 
 
 def force_isa(name: str | None) -> None:
-    """Use instruction set `name` (avx512, avx2, portable) in the whole process; None chooses the best.
+    """Use instruction set `name` (one of `ISAS`) in the whole process; None chooses the best.
 
     Raises:
         NativeError: this machine or build lacks it.
@@ -127,6 +191,14 @@ def force_isa(name: str | None) -> None:
 def workspace(size: int) -> torch.Tensor:
     """Return `size` bytes for a C function to work in."""
     return torch.empty(size, dtype=torch.uint8)
+
+
+def huge_empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return an uninitialised CPU tensor in 2 MB pages where the system grants them: faster to stream from."""
+    tensor = torch.empty(shape, dtype=dtype)
+    if missing() is None and (size := tensor.nbytes) >= 1 << 21:
+        library().sparc3_advise_huge_pages(tensor.data_ptr(), size)
+    return tensor
 
 
 def info() -> dict[str, Any]:
@@ -141,7 +213,7 @@ def info() -> dict[str, Any]:
         report["cpu"] = {
             "version": cpu.sparc3_version().decode(),
             "isa": cpu.sparc3_isa().decode(),
-            "features": [name for bit, name in ((1, "avx2"), (2, "avx512")) if features & bit],
+            "features": [name for bit, name in enumerate(ISAS[1:]) if features >> bit & 1],
         }
     if not isinstance(cuda, str):
         count, reason = c_int(), c_char_p()

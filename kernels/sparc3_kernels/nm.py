@@ -13,10 +13,21 @@ zeros as +0. The layout belongs to no GPU or library; 2:4 in bf16 takes 0.5625 o
 nm_linear is y = x W^T + bias.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
-from sparc3_kernels.packed import FLOATS, check_input, check_weight
+from sparc3_kernels import native
+from sparc3_kernels.packed import (
+    FLOATS,
+    check_input,
+    check_status,
+    check_weight,
+    multiply_by,
+    runs_on_cpu,
+    unpack_by,
+)
 
 
 def pack_nm_reference(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
@@ -26,11 +37,7 @@ def pack_nm_reference(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     zero = groups == 0
     count = m - zero.sum(dim=2)
     if bool((count > n).any()):
-        row, group = divmod(int((count > n).reshape(-1).to(torch.uint8).argmax()), columns // m)
-        raise ValueError(
-            f"the weight is not {n}:{m}: row {row}, columns {group * m} to {group * m + m - 1} hold "
-            f"{int(count[row, group])} nonzeros"
-        )
+        _refuse_group(weight, int((count > n).reshape(-1).to(torch.uint8).argmax()), n, m)
     # Nonzeros first, then zeros, both in column order; the first n of them in column order again.
     places = zero.to(torch.uint8).sort(dim=2, stable=True).indices[..., :n].sort(dim=2).values
     values = groups.masked_fill(zero, 0).gather(2, places)
@@ -53,6 +60,37 @@ def nm_linear_reference(
     return torch.nn.functional.linear(x, unpack_nm_reference(values, indices, n, m), bias)
 
 
+def _refuse_group(weight: Tensor, group: int, n: int, m: int) -> None:
+    row, column = divmod(group * m, weight.shape[1])
+    nonzeros = int((weight[row, column : column + m] != 0).sum())
+    raise ValueError(
+        f"the weight is not {n}:{m}: row {row}, columns {column} to {column + m - 1} hold {nonzeros} nonzeros"
+    )
+
+
+def _pack_native(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    weight = weight.contiguous()
+    rows, columns = weight.shape
+    values = native.huge_empty((rows, columns // m * n), weight.dtype)
+    indices = native.huge_empty((rows, (values.shape[1] * _width(m) + 7) // 8), torch.uint8)
+    wrong = ctypes.c_uint64()
+    status = native.library().sparc3_nm_pack(
+        *(native.DTYPES[weight.dtype], weight.data_ptr(), rows, columns, n, m),
+        *(values.data_ptr(), indices.data_ptr(), ctypes.byref(wrong), torch.get_num_threads()),
+    )
+    if status == native.PATTERN:
+        _refuse_group(weight, wrong.value, n, m)
+    native.check(status)
+    return values, indices
+
+
+def _native(values: Tensor, indices: Tensor, n: int, m: int) -> native.NM:
+    return native.NM(
+        *(native.DTYPES[values.dtype], n, m, values.shape[0], values.shape[1] // n * m),
+        *(values.data_ptr(), indices.data_ptr()),
+    )
+
+
 torch.library.define("sparc3::pack_nm", "(Tensor weight, int n, int m) -> (Tensor, Tensor)")
 torch.library.define("sparc3::unpack_nm", "(Tensor values, Tensor indices, int n, int m) -> Tensor")
 torch.library.define(
@@ -67,13 +105,23 @@ def _pack_nm(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     _check_pattern(n, m)
     if weight.shape[1] % m:
         raise ValueError(f"{n}:{m} does not divide a row of {weight.shape[1]} weights; choose an M that does")
+    if runs_on_cpu("pack_nm", weight):
+        return _pack_native(weight, n, m)
     return pack_nm_reference(weight, n, m)
 
 
 @torch.library.impl("sparc3::unpack_nm", "default")
 def _unpack_nm(values: Tensor, indices: Tensor, n: int, m: int) -> Tensor:
     _check_shapes(values, indices, n, m)
-    return unpack_nm_reference(values, indices, n, m)
+    if not runs_on_cpu("unpack_nm", values):
+        return unpack_nm_reference(values, indices, n, m)
+    values, indices = values.contiguous(), indices.contiguous()
+    packed = _native(values, indices, n, m)
+    status, weight = unpack_by(
+        native.library().sparc3_nm_unpack, packed, (packed.rows, packed.columns), values.dtype
+    )
+    check_status(status, lambda: check_nm(values, indices, n, m))
+    return weight
 
 
 @torch.library.impl("sparc3::nm_linear", "default")
@@ -82,7 +130,13 @@ def _nm_linear(
 ) -> Tensor:
     _check_shapes(values, indices, n, m)
     check_input(x, values.shape[1] // n * m, values.shape[0], values, bias)
-    return nm_linear_reference(x, values, indices, n, m, bias)
+    if not runs_on_cpu("nm_linear", values):
+        return nm_linear_reference(x, values, indices, n, m, bias)
+    values, indices = values.contiguous(), indices.contiguous()
+    packed = _native(values, indices, n, m)
+    status, y = multiply_by(native.library().sparc3_nm_linear, packed, packed.rows, x, bias)
+    check_status(status, lambda: check_nm(values, indices, n, m))
+    return y
 
 
 @torch.library.register_fake("sparc3::pack_nm")
@@ -141,7 +195,8 @@ def nm_linear(
         y [..., rows], dtype of `x`; products are summed up in fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, or what `check_nm` finds.
+        ValueError: shapes, dtypes or devices that do not fit together. Corrupt indices are an error where they are
+            noticed, else a wrong product: run `check_nm` once on a weight from outside.
     """
     return torch.ops.sparc3.nm_linear(x, values, indices, n, m, bias)
 

@@ -1,7 +1,13 @@
-"""What the packed formats (bitmap, N:M, CSR) share: checks of shapes and row offsets, and words for what is wrong."""
+"""What the packed formats (bitmap, N:M, CSR) share: checks of shapes and offsets, and calls of the CPU library."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparc3_kernels import native
+from sparc3_kernels.backend import choose
 
 # Both zeros read as "not kept", so that a weight of -0 comes back as +0 from every format.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -50,6 +56,55 @@ def check_offsets(values: Tensor, offsets: Tensor) -> None:
         )
     if (last := int(offsets[-1])) != values.numel():
         raise ValueError(f"offsets end at {last}, but there are {values.numel()} values (a truncated file?)")
+
+
+def runs_on_cpu(op: str, values: Tensor) -> bool:
+    """Whether the CPU library runs this call of `op`, else the reference does."""
+    unfit = None
+    if values.device.type != "cpu":
+        unfit = f"the tensors are on {values.device}"
+    elif values.dtype not in native.DTYPES:
+        unfit = f"it takes fp32, bf16 and fp16, not {values.dtype}"
+    return choose(op, {"cpu": unfit}) == "cpu"
+
+
+def check_status(status: int, explain: Callable[[], None]) -> None:
+    """Raise what `explain` finds wrong with a weight that the library calls corrupt, NativeError for the rest."""
+    if status == native.FORMAT:
+        explain()
+    native.check(status)
+
+
+def count_kept(weight: Tensor) -> Tensor:
+    """Row offsets of a contiguous CPU weight [rows, columns] by the library, int64 [rows + 1]."""
+    offsets = torch.empty(weight.shape[0] + 1, dtype=torch.int64)
+    native.check(
+        native.library().sparc3_count_kept(
+            *(native.DTYPES[weight.dtype], weight.data_ptr(), *weight.shape),
+            *(offsets.data_ptr(), torch.get_num_threads()),
+        )
+    )
+    return offsets
+
+
+def unpack_by(function: Any, packed: Any, shape: Sequence[int], dtype: torch.dtype) -> tuple[int, Tensor]:
+    """Call a C unpack function; (status, weight)."""
+    weight = native.huge_empty(shape, dtype)
+    return function(packed, weight.data_ptr(), torch.get_num_threads()), weight
+
+
+def multiply_by(function: Any, packed: Any, rows: int, x: Tensor, bias: Tensor | None) -> tuple[int, Tensor]:
+    """Call a C linear function; (status, y [..., rows])."""
+    x, threads = x.contiguous(), torch.get_num_threads()
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty((*x.shape[:-1], rows))
+    batch = x.shape[:-1].numel()
+    work = native.workspace(native.library().sparc3_linear_workspace_size(rows, x.shape[-1], batch, threads))
+    status = function(
+        *(packed, x.data_ptr(), batch, None if bias is None else bias.data_ptr(), y.data_ptr()),
+        *(threads, work.data_ptr(), work.numel()),
+    )
+    return status, y
 
 
 def row_offsets(kept: Tensor) -> Tensor:

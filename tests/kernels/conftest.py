@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from interpreter import DEVICE, mend_bfloat16
 
 IMPLEMENTATIONS = ("reference", "cpu-portable", "cpu-avx2", "cpu-avx512")
+# Instruction sets that only the packed weights have kernels for.
+PACKED_IMPLEMENTATIONS = (*IMPLEMENTATIONS, "cpu-avx512vbmi2", "cpu-avx512bf16")
 FUSED = ("reference", "triton")
 
 if interpreting() and unavailable("triton") is None:
@@ -42,6 +44,13 @@ def forced(name: str) -> Iterator[str]:
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Force one CPU implementation for the length of a test."""
+    with forced(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=PACKED_IMPLEMENTATIONS)
+def packed_implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Force one CPU implementation of the packed weights for the length of a test."""
     with forced(request.param):
         yield request.param
 

@@ -1,6 +1,7 @@
 """Bitmap, N:M and CSR on every backend: layouts worked out by hand, round trips bit by bit, products, refusals."""
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def assert_same_bits(actual: Tensor, weight: Tensor) -> None:
 # ---- layouts
 
 
-def test_bitmap_layout(implementation: str) -> None:
+def test_bitmap_layout(packed_implementation: str) -> None:
     weight = torch.zeros(2, 40)
     weight[0, 0], weight[0, 9], weight[0, 39], weight[1, 31], weight[1, 3] = 1, 2, 3, 4, -0.0
     bits, values, offsets = kernels.pack_bitmap(weight)
@@ -76,7 +77,7 @@ def test_bitmap_layout(implementation: str) -> None:
     assert offsets.tolist() == [0, 3, 4]
 
 
-def test_nm_layout(implementation: str) -> None:
+def test_nm_layout(packed_implementation: str) -> None:
     weight = torch.tensor([[0, 5, 0, 6, 0, 0, 0, 0, 0, 0, 0, 7]]).float()
     values, indices = kernels.pack_nm(weight, 2, 4)
     assert values.tolist() == [[5, 6, 0, 0, 0, 7]]
@@ -87,7 +88,7 @@ def test_nm_layout(implementation: str) -> None:
     assert indices.tolist() == [[0x31, 0x0B]]
 
 
-def test_csr_layout(implementation: str) -> None:
+def test_csr_layout(packed_implementation: str) -> None:
     weight = torch.tensor([[0, 5, 0], [0, 0, 0], [6, 0, 7]]).half()
     indices, values, offsets = kernels.pack_csr(weight)
     assert indices.dtype == torch.uint16
@@ -106,12 +107,13 @@ def test_csr_layout(implementation: str) -> None:
 # ---- round trips
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_round_trips(
-    implementation: str, shape: tuple[int, int], sparsity: float, dtype: torch.dtype
-) -> None:
+def test_round_trips(packed_implementation: str, shape: tuple[int, int]) -> None:
+    for sparsity, dtype in product(SPARSITIES, FLOATS):
+        round_trip(shape, sparsity, dtype)
+
+
+def round_trip(shape: tuple[int, int], sparsity: float, dtype: torch.dtype) -> None:
     weight = with_specials(sparse(*shape, sparsity, dtype))
     bits, values, offsets = kernels.pack_bitmap(weight)
     assert bits.shape == (shape[0], (shape[1] + 31) // 32 * 4)
@@ -128,10 +130,26 @@ def test_round_trips(
     assert torch.equal(kernels.csr_to_bitmap_bits(indices, values, offsets, shape[1]), bits)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("n", "m"), [(n, m) for m in range(1, 17) for n in range(1, m + 1)])
-def test_nm_round_trips(implementation: str, n: int, m: int, dtype: torch.dtype) -> None:
-    for rows, groups in ((3, 21), (1, 1), (0, 4), (2, 0)):
+PATTERNS = (
+    (1, 1),
+    (1, 2),
+    (2, 3),
+    (1, 4),
+    (2, 4),
+    (3, 4),
+    (5, 7),
+    (1, 8),
+    (4, 8),
+    (3, 12),
+    (8, 16),
+    (16, 16),
+)
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_nm_round_trips(packed_implementation: str, n: int, m: int) -> None:
+    # 1100 groups: rows longer than the pieces that 2:4 and 4:8 are unpacked in.
+    for dtype, (rows, groups) in product(FLOATS, ((3, 21), (1, 1), (0, 4), (2, 0), (3, 1100))):
         weight = nm_weight(rows, groups, n, m, dtype)
         values, indices = kernels.pack_nm(weight, n, m)
         kernels.check_nm(values, indices, n, m)
@@ -139,7 +157,7 @@ def test_nm_round_trips(implementation: str, n: int, m: int, dtype: torch.dtype)
         assert_same_bits(kernels.unpack_nm(values, indices, n, m), weight)
 
 
-def test_packing_a_view(implementation: str) -> None:
+def test_packing_a_view(packed_implementation: str) -> None:
     weight = nm_weight(24, 6, 2, 4, torch.float32).T.contiguous().T
     assert not weight.is_contiguous()
     assert_same_bits(kernels.unpack_bitmap(*kernels.pack_bitmap(weight), 24), weight)
@@ -180,27 +198,22 @@ def assert_close_to_exact(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | N
     assert bool(((y.double() - exact).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("sparsity", [0.5, 0.95])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear(implementation: str, shape: tuple[int, int], sparsity: float, dtype: torch.dtype) -> None:
-    weight = sparse(*shape, sparsity, dtype, seed=3)
+def test_linear(packed_implementation: str, shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(4)
-    bias = torch.randn(shape[0], generator=generator).to(dtype)
-    for batch in ((), (1,), (2, 3), (17,), (0,)):
+    for dtype, batch in product(FLOATS, ((), (1,), (2, 3), (17,), (0,))):
+        weight = sparse(*shape, 0.6, dtype, seed=3)
+        bias = torch.randn(shape[0], generator=generator).to(dtype)
         x = torch.randn(*batch, shape[1], generator=generator).to(dtype)
         for linear in linears(weight).values():
             assert_close_to_exact(linear(x, None), x, weight, None)
             assert_close_to_exact(linear(x, bias), x, weight, bias)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(
-    ("n", "m"), [(1, 4), (2, 4), (3, 4), (4, 8), (1, 8), (8, 16), (2, 3), (5, 7), (16, 16)]
-)
-def test_nm_linear(implementation: str, n: int, m: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_nm_linear(packed_implementation: str, n: int, m: int) -> None:
     generator = torch.Generator().manual_seed(5)
-    for rows, groups in ((3, 41), (1, 1), (70, 33), (0, 4), (2, 0)):
+    for dtype, (rows, groups) in product(FLOATS, ((3, 41), (1, 1), (9, 33), (0, 4), (2, 0))):
         weight = nm_weight(rows, groups, n, m, dtype)
         bias = torch.randn(rows, generator=generator).to(dtype)
         for batch in ((), (1,), (5,), (0,)):
@@ -210,7 +223,7 @@ def test_nm_linear(implementation: str, n: int, m: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 8, 16, 33, 64, 200])
-def test_every_batch_gives_the_same_rows(implementation: str, batch: int) -> None:
+def test_every_batch_gives_the_same_rows(packed_implementation: str, batch: int) -> None:
     """Large integers in fp32 are exact in any order: any row mixed up with another is seen."""
     weight = sparse(67, 300, 0.5, torch.float32).mul_(8).round_()
     x = torch.randint(-9, 9, (batch, 300), generator=torch.Generator().manual_seed(batch)).float()
@@ -218,7 +231,7 @@ def test_every_batch_gives_the_same_rows(implementation: str, batch: int) -> Non
         assert torch.equal(linear(x, None), x @ weight.T)
 
 
-def test_linear_takes_views(implementation: str) -> None:
+def test_linear_takes_views(packed_implementation: str) -> None:
     weight = sparse(9, 36, 0.5, torch.float32)
     x = torch.randn(36, 4, generator=torch.Generator().manual_seed(0)).T
     for linear in linears(weight).values():
@@ -258,7 +271,7 @@ BAD_BITMAPS: dict[str, tuple[Callable[..., tuple[Tensor, ...] | None], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_BITMAPS)
-def test_corrupt_bitmaps(implementation: str, name: str) -> None:
+def test_corrupt_bitmaps(packed_implementation: str, name: str) -> None:
     change, message = BAD_BITMAPS[name]
     packed = bitmap_and(change)
     for call in (
@@ -272,7 +285,7 @@ def test_corrupt_bitmaps(implementation: str, name: str) -> None:
             call()
 
 
-def test_bits_beyond_the_columns(implementation: str) -> None:
+def test_bits_beyond_the_columns(packed_implementation: str) -> None:
     bits, values, offsets = kernels.pack_bitmap(sparse(2, 64, 0.5, torch.float32) + 1)
     for call in (
         lambda: kernels.unpack_bitmap(bits, values, offsets, 50),
@@ -302,7 +315,7 @@ BAD_CSR: dict[str, tuple[Callable[..., tuple[Tensor, ...] | None], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_CSR)
-def test_corrupt_csr(implementation: str, name: str) -> None:
+def test_corrupt_csr(packed_implementation: str, name: str) -> None:
     change, message = BAD_CSR[name]
     packed = csr_and(change)
     for call in (
@@ -314,7 +327,7 @@ def test_corrupt_csr(implementation: str, name: str) -> None:
             call()
 
 
-def test_corrupt_csr_products_stay_inside(implementation: str) -> None:
+def test_corrupt_csr_products_stay_inside(packed_implementation: str) -> None:
     """A column out of range or offsets that lie must not be read; an order that lies may give any product."""
     for name in ("truncated values", "offsets out of order", "huge offsets", "a column too high"):
         change, message = BAD_CSR[name]
@@ -324,7 +337,7 @@ def test_corrupt_csr_products_stay_inside(implementation: str) -> None:
                 kernels.csr_linear(torch.ones(batch, 40), *packed)
 
 
-def test_weights_that_are_not_nm(implementation: str) -> None:
+def test_weights_that_are_not_nm(packed_implementation: str) -> None:
     weight = nm_weight(6, 9, 2, 4, torch.float32)
     weight[4, 20:24] = torch.tensor([1.0, 0.0, 2.0, 3.0])
     weight[5, :4] = 1
@@ -346,7 +359,7 @@ def test_weights_that_are_not_nm(implementation: str) -> None:
         (2, 12, 0x15, r"row 1, group 0 are \[5, 1\], not ascending below 12"),
     ],
 )
-def test_corrupt_nm(implementation: str, n: int, m: int, byte: int, message: str) -> None:
+def test_corrupt_nm(packed_implementation: str, n: int, m: int, byte: int, message: str) -> None:
     values, indices = kernels.pack_nm(nm_weight(3, 5, n, m, torch.float32), n, m)
     indices[1, 0] = byte
     for call in (
@@ -357,7 +370,7 @@ def test_corrupt_nm(implementation: str, n: int, m: int, byte: int, message: str
             call()
 
 
-def test_shapes_and_dtypes_that_do_not_fit(implementation: str) -> None:
+def test_shapes_and_dtypes_that_do_not_fit(packed_implementation: str) -> None:
     weight = nm_weight(4, 10, 2, 4, torch.float32)
     bits, values, offsets = kernels.pack_bitmap(weight)
     indices, _, _ = kernels.pack_csr(weight)
@@ -442,3 +455,23 @@ def test_double_runs_on_the_reference() -> None:
     x = torch.randn(3, 24, dtype=torch.float64)
     for linear in linears(weight, 2, 4).values():
         np.testing.assert_allclose(linear(x, None), x @ weight.T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_several_threads(packed_implementation: str, batch: int) -> None:
+    """Enough weights for several threads: the same bits as on one, and rows where they belong."""
+    weight = nm_weight(1031, 260, 2, 4, torch.bfloat16)
+    x = torch.randn(batch, 1040, generator=torch.Generator().manual_seed(2)).bfloat16()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append([linear(x, None) for linear in linears(weight, 2, 4).values()])
+            assert_same_bits(kernels.unpack_bitmap(*kernels.pack_bitmap(weight), 1040), weight)
+            assert_same_bits(kernels.unpack_csr(*kernels.pack_csr(weight), 1040), weight)
+            assert_same_bits(kernels.unpack_nm(*kernels.pack_nm(weight, 2, 4), 2, 4), weight)
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(*found, strict=True):
+        assert torch.equal(one, three)
+        assert_close_to_exact(three, x, weight, None)

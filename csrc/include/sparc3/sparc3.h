@@ -34,7 +34,10 @@ typedef enum sparc3_status {
     SPARC3_ERROR_STATE = 4,     /* a selection call out of order, or states of different selections */
     SPARC3_ERROR_CHANGED = 5,   /* the second pass did not see the scores of the first */
     SPARC3_ERROR_ISA = 6,       /* this machine lacks the instruction set asked for */
-    SPARC3_ERROR_CUDA = 7       /* the CUDA driver or runtime said no */
+    SPARC3_ERROR_CUDA = 7,      /* the CUDA driver or runtime said no */
+    SPARC3_ERROR_FORMAT = 8,    /* a packed weight contradicts itself */
+    SPARC3_ERROR_PATTERN = 9,   /* a weight to be packed is not N:M */
+    SPARC3_ERROR_OVERLAP = 10   /* an output overlaps an input, another output or the workspace */
 } sparc3_status;
 
 typedef enum sparc3_dtype { SPARC3_FP32 = 0, SPARC3_BF16 = 1, SPARC3_FP16 = 2 } sparc3_dtype;
@@ -46,12 +49,14 @@ SPARC3_API const char *sparc3_strerror(int status);
 
 enum {
     SPARC3_CPU_AVX2 = 1u << 0,    /* AVX2, FMA, F16C, BMI2 (x86-64-v3) */
-    SPARC3_CPU_AVX512 = 1u << 1   /* AVX-512 F, BW, CD, DQ, VL (x86-64-v4) */
+    SPARC3_CPU_AVX512 = 1u << 1,  /* AVX-512 F, BW, CD, DQ, VL (x86-64-v4) */
+    SPARC3_CPU_AVX512_VBMI2 = 1u << 2, /* AVX-512 VBMI2 and VPOPCNTDQ */
+    SPARC3_CPU_AVX512_BF16 = 1u << 3   /* AVX-512 BF16 */
 };
 
 /* What the machine offers (SPARC3_CPU_* flags). */
 SPARC3_API uint32_t sparc3_cpu_features(void);
-/* Name of the instruction set in use: "avx512", "avx2" or "portable". */
+/* Name of the instruction set in use: "avx512bf16", "avx512vbmi2", "avx512", "avx2" or "portable". */
 SPARC3_API const char *sparc3_isa(void);
 /* Use this instruction set from now on, in every thread; NULL chooses the best one again. */
 SPARC3_API int sparc3_force_isa(const char *name);
@@ -128,6 +133,87 @@ SPARC3_API size_t sparc3_weight_relevance_workspace_size(size_t samples, size_t 
 SPARC3_API int sparc3_weight_relevance(int dtype, int reduction, const void *g, const void *x, size_t samples,
                                        size_t tokens, size_t n, size_t k, float *acc, int threads, void *workspace,
                                        size_t workspace_size);
+
+/* ---- packed weights -------------------------------------------------------------------------------------------
+ *
+ * A weight [rows, columns] with zeros in it, in one of three formats, all row-major and little-endian. A weight is
+ * kept if it is not zero; what is kept is restored bit by bit, everything else as +0.
+ *
+ * `_unpack` and `_linear` never read or write outside of the sizes given, whatever the contents, and return
+ * SPARC3_ERROR_FORMAT where they notice that a weight contradicts itself (the output is then undefined); `_check`
+ * notices all of it. Offsets need not start at 0 for them, so that a range of rows is a weight of its own:
+ * advance `bits` (or not: CSR) and `offsets`, and lower `rows`.
+ *
+ * Linear: y [batch, rows] = x [batch, columns] W^T + bias [rows] (NULL: none), all of the weight's dtype, products
+ * summed up in fp32 (with AVX512_BF16, bf16 subnormals count as zero). One vector of a batch costs what it has to;
+ * from some 100 vectors on, unpacking and a dense GEMM is as fast. Same input, same threads or not: same bits, on one
+ * instruction set. The workspace is sparc3_linear_workspace_size bytes for every format.
+ */
+SPARC3_API size_t sparc3_linear_workspace_size(size_t rows, size_t columns, size_t batch, int threads);
+
+/* Ask the system for 2 MB pages under this memory; call it before the memory is first written. Streaming weights
+ * from them is up to a third faster. A hint: it cannot fail. */
+SPARC3_API void sparc3_advise_huge_pages(void *memory, size_t size);
+
+/* Bitmap. Bit c & 7 of byte c >> 3 of a row of `bits` says that column c is kept; a row has 4 * ceil(columns / 32)
+ * bytes, padding bits are 0. The kept values of row r are values[offsets[r]] to values[offsets[r + 1] - 1]. */
+typedef struct sparc3_bitmap {
+    int dtype;
+    size_t rows, columns;
+    size_t count;           /* values in all */
+    const uint8_t *bits;    /* [rows][4 * ceil(columns / 32)] */
+    const void *values;     /* [count] */
+    const int64_t *offsets; /* [rows + 1] */
+} sparc3_bitmap;
+
+/* Pass 1 writes offsets [rows + 1], the last of which is how many values there are; pass 2 writes `bits` and `values`
+ * [count], count = offsets[rows]. Also the first pass of CSR. */
+SPARC3_API int sparc3_count_kept(int dtype, const void *weight, size_t rows, size_t columns, int64_t *offsets,
+                                 int threads);
+SPARC3_API int sparc3_bitmap_pack(int dtype, const void *weight, size_t rows, size_t columns, const int64_t *offsets,
+                                  uint8_t *bits, void *values, size_t count, int threads);
+SPARC3_API int sparc3_bitmap_check(const sparc3_bitmap *weight, int threads);
+SPARC3_API int sparc3_bitmap_unpack(const sparc3_bitmap *weight, void *out, int threads);
+SPARC3_API int sparc3_bitmap_linear(const sparc3_bitmap *weight, const void *x, size_t batch, const void *bias,
+                                    void *y, int threads, void *workspace, size_t workspace_size);
+
+/* N:M, 1 <= n <= m <= 16, m divides columns. Every group of m columns has n values, in ascending order of their places
+ * in the group; places take 2 bits (m <= 4) or 4, the first one lowest. A row has columns / m * n values and
+ * ceil(columns / m * n * width / 8) bytes of indices. Groups with fewer than n nonzeros are filled up with +0 at their
+ * first free places. */
+typedef struct sparc3_nm {
+    int dtype, n, m;
+    size_t rows, columns;
+    const void *values;
+    const uint8_t *indices;
+} sparc3_nm;
+
+/* SPARC3_ERROR_PATTERN where a group has more than n nonzeros: `*wrong` (may be NULL) is the first such group, counted
+ * over all rows. */
+SPARC3_API int sparc3_nm_pack(int dtype, const void *weight, size_t rows, size_t columns, int n, int m, void *values,
+                              uint8_t *indices, uint64_t *wrong, int threads);
+SPARC3_API int sparc3_nm_check(const sparc3_nm *weight, int threads);
+SPARC3_API int sparc3_nm_unpack(const sparc3_nm *weight, void *out, int threads);
+SPARC3_API int sparc3_nm_linear(const sparc3_nm *weight, const void *x, size_t batch, const void *bias, void *y,
+                                int threads, void *workspace, size_t workspace_size);
+
+/* CSR. values and offsets as in the bitmap; indices [count] are the columns, ascending within a row: uint16_t where
+ * columns <= 65536, else int32_t. */
+typedef struct sparc3_csr {
+    int dtype;
+    size_t rows, columns;
+    size_t count;
+    const void *indices;
+    const void *values;
+    const int64_t *offsets;
+} sparc3_csr;
+
+SPARC3_API int sparc3_csr_pack(int dtype, const void *weight, size_t rows, size_t columns, const int64_t *offsets,
+                               void *indices, void *values, size_t count, int threads);
+SPARC3_API int sparc3_csr_check(const sparc3_csr *weight, int threads);
+SPARC3_API int sparc3_csr_unpack(const sparc3_csr *weight, void *out, int threads);
+SPARC3_API int sparc3_csr_linear(const sparc3_csr *weight, const void *x, size_t batch, const void *bias, void *y,
+                                 int threads, void *workspace, size_t workspace_size);
 
 #ifdef __cplusplus
 }

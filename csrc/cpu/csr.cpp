@@ -1,0 +1,152 @@
+// The CSR format; the header describes it.
+#include "packed.h"
+
+namespace sparc3 {
+namespace {
+
+bool is_wide(size_t columns) { return columns > 65536; }
+size_t index_size(size_t columns) { return is_wide(columns) ? 4 : 2; }
+
+size_t index_at(const void *indices, bool wide, size_t i) {
+    return wide ? static_cast<const uint32_t *>(indices)[i] : static_cast<const uint16_t *>(indices)[i];
+}
+
+// Values [begin, end) of a row lie within the buffer.
+bool inside(const sparc3_csr &w, size_t r) {
+    return w.offsets[r] >= 0 && w.offsets[r + 1] >= w.offsets[r] &&
+           static_cast<uint64_t>(w.offsets[r + 1]) <= w.count;
+}
+
+int check_arguments(const sparc3_csr *w) {
+    if (!w || !is_dtype(w->dtype) || !countable(w->rows, w->columns) || w->columns > INT32_MAX)
+        return SPARC3_ERROR_ARGUMENT;
+    if (!w->rows) return SPARC3_OK;
+    if (!w->offsets || (w->count && (!w->values || !w->indices))) return SPARC3_ERROR_ARGUMENT;
+    return w->count > w->rows * w->columns ? SPARC3_ERROR_FORMAT : SPARC3_OK;
+}
+
+bool clear_of(const void *out, size_t size, const sparc3_csr &w) {
+    return !overlap(out, size, w.values, w.count * size_of(w.dtype)) &&
+           !overlap(out, size, w.indices, w.count * index_size(w.columns)) &&
+           !overlap(out, size, w.offsets, (w.rows + 1) * sizeof *w.offsets);
+}
+
+}  // namespace
+}  // namespace sparc3
+
+using namespace sparc3;
+
+int sparc3_csr_pack(int dtype, const void *weight, size_t rows, size_t columns, const int64_t *offsets, void *indices,
+                    void *values, size_t count, int threads) {
+    if (!is_dtype(dtype) || !countable(rows, columns) || columns > INT32_MAX) return SPARC3_ERROR_ARGUMENT;
+    if (!rows || !columns) return count ? SPARC3_ERROR_FORMAT : SPARC3_OK;
+    if (!weight || !offsets || (count && (!values || !indices))) return SPARC3_ERROR_ARGUMENT;
+    const size_t size = size_of(dtype), in = rows * columns * size, all = count * index_size(columns);
+    if (overlap(weight, in, values, count * size) || overlap(weight, in, indices, all) ||
+        overlap(values, count * size, indices, all))
+        return SPARC3_ERROR_OVERLAP;
+    return each_row(rows, columns, threads, [&](size_t r) {
+        const int64_t end = offsets[r + 1];
+        int64_t next = offsets[r];
+        if (next < 0 || end < next || static_cast<uint64_t>(end) > count) return false;
+        const char *row = static_cast<const char *>(weight) + r * columns * size;
+        for (size_t c = 0; c < columns; ++c) {
+            uint32_t bits = 0;
+            memcpy(&bits, row + c * size, size);
+            if (bits << (33 - 8 * size) == 0) continue;
+            if (next == end) return false;
+            const size_t at = static_cast<size_t>(next++);
+            memcpy(static_cast<char *>(values) + at * size, row + c * size, size);
+            if (is_wide(columns))
+                static_cast<int32_t *>(indices)[at] = static_cast<int32_t>(c);
+            else
+                static_cast<uint16_t *>(indices)[at] = static_cast<uint16_t>(c);
+        }
+        return next == end;
+    });
+}
+
+int sparc3_csr_check(const sparc3_csr *weight, int threads) {
+    const int status = check_arguments(weight);
+    if (status || !weight->rows) return status;
+    const sparc3_csr &w = *weight;
+    if (w.offsets[0] != 0 || w.offsets[w.rows] != static_cast<int64_t>(w.count)) return SPARC3_ERROR_FORMAT;
+    return each_row(w.rows, w.columns, threads, [&](size_t r) {
+        if (!inside(w, r)) return false;
+        size_t least = 0;
+        for (int64_t i = w.offsets[r]; i < w.offsets[r + 1]; ++i) {
+            const size_t column = index_at(w.indices, is_wide(w.columns), static_cast<size_t>(i));
+            if (column < least || column >= w.columns) return false;
+            least = column + 1;
+        }
+        return true;
+    });
+}
+
+int sparc3_csr_unpack(const sparc3_csr *weight, void *out, int threads) {
+    const int status = check_arguments(weight);
+    if (status || !weight->rows || !weight->columns) return status;
+    const sparc3_csr &w = *weight;
+    const size_t size = size_of(w.dtype);
+    if (!out) return SPARC3_ERROR_ARGUMENT;
+    if (!clear_of(out, w.rows * w.columns * size, w)) return SPARC3_ERROR_OVERLAP;
+    return each_row(w.rows, w.columns, threads, [&](size_t r) {
+        if (!inside(w, r)) return false;
+        char *to = static_cast<char *>(out) + r * w.columns * size;
+        memset(to, 0, w.columns * size);
+        size_t least = 0;
+        for (int64_t i = w.offsets[r]; i < w.offsets[r + 1]; ++i) {
+            const size_t at = static_cast<size_t>(i), column = index_at(w.indices, is_wide(w.columns), at);
+            if (column < least || column >= w.columns) return false;
+            memcpy(to + column * size, static_cast<const char *>(w.values) + at * size, size);
+            least = column + 1;
+        }
+        return true;
+    });
+}
+
+int sparc3_csr_linear(const sparc3_csr *weight, const void *x, size_t batch, const void *bias, void *y, int threads,
+                      void *workspace, size_t workspace_size) {
+    int status = check_arguments(weight);
+    if (status || !weight->rows || !batch) return status;
+    const sparc3_csr &w = *weight;
+    status = check_linear(w.dtype, w.rows, w.columns, x, batch, bias, y, threads, workspace, workspace_size);
+    if (status) return status;
+    if (!clear_of(y, batch * w.rows * size_of(w.dtype), w)) return SPARC3_ERROR_OVERLAP;
+
+    const PackedKernels &isa = packed_kernels();
+    float *prepared = reinterpret_cast<float *>(aligned(reinterpret_cast<uintptr_t>(workspace)));
+    const bool one = batch == 1, wide = is_wide(w.columns);
+    const size_t lanes = one ? 1 : kLanes16, strips = (batch + lanes - 1) / lanes, strip = (w.columns + 1) * lanes;
+    // Column by column, the vectors of a strip side by side; a column of zeros last.
+    for (size_t s = 0; s < strips; ++s) {
+        float *to = prepared + s * strip;
+        for (size_t l = 0; l < lanes; ++l) {
+            const size_t b = s * lanes + l;
+            for (size_t c = 0; c < w.columns; ++c) to[c * lanes + l] = b < batch ? read(w.dtype, x, b * w.columns + c) : 0;
+            to[w.columns * lanes + l] = 0;
+        }
+    }
+    // A kept weight costs about as much as 8 pruned ones of a bitmap.
+    const int workers = threads_for_weights(8 * w.count * strips, threads), parts = parts_for(workers);
+    std::atomic<bool> sound{true};
+    parallel(workers, parts, [&](int, int part) {
+        const Slice mine = slice(w.rows, 1, parts, part);
+        for (size_t r = mine.begin; r < mine.begin + mine.size; ++r) {
+            if (!inside(w, r)) return sound.store(false, std::memory_order_relaxed);
+            const size_t begin = static_cast<size_t>(w.offsets[r]), count = static_cast<size_t>(w.offsets[r + 1]) - begin;
+            const char *indices = static_cast<const char *>(w.indices) + begin * index_size(w.columns);
+            const char *values = static_cast<const char *>(w.values) + begin * size_of(w.dtype);
+            const float shift = bias ? read(w.dtype, bias, r) : 0;
+            for (size_t s = 0; s < strips; ++s) {
+                float sums[kLanes16];
+                const auto product = one ? isa.gather : isa.gather_lanes;
+                if (!product(w.dtype, wide, indices, values, count, prepared + s * strip, w.columns, sums))
+                    return sound.store(false, std::memory_order_relaxed);
+                for (size_t l = 0; l < lanes && s * lanes + l < batch; ++l)
+                    write(w.dtype, bias ? sums[l] + shift : sums[l], y, (s * lanes + l) * w.rows + r);
+            }
+        }
+    });
+    return sound ? SPARC3_OK : SPARC3_ERROR_FORMAT;
+}

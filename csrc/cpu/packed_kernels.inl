@@ -1,0 +1,314 @@
+// PackedKernels in one instruction set: included by kernels_*.cpp after packed_expand.inl.
+
+namespace {
+
+inline uint32_t word_at(const uint8_t *mask, size_t word) {
+    uint32_t bits;
+    memcpy(&bits, mask + 4 * word, sizeof bits);
+    return bits;
+}
+
+// Call body with a value of the type that holds `dtype`.
+template <class Body>
+inline void typed_float(int dtype, const Body &body) {
+    if (dtype == SPARC3_FP32)
+        body(0.0f);
+    else if (dtype == SPARC3_BF16)
+        body(BFloat16{});
+    else
+        body(Float16{});
+}
+
+size_t prepared_element(int dtype) {
+    size_t size = 0;
+    typed_float(dtype, [&](auto type) {
+        size = sizeof(typename Format<decltype(type)>::X);
+    });
+    return size;
+}
+
+void prepare(int dtype, const void *x, size_t columns, void *prepared) {
+    typed_float(dtype, [&](auto type) {
+        using T = decltype(type);
+        using X = typename Format<T>::X;
+        // The last word first, as an order within words may leave holes anywhere in it.
+        const size_t last = columns / 32 * 32;
+        if (last < columns) memset((X *)prepared + last, 0, 32 * sizeof(X));
+        Format<T>::prepare((const T *)x, columns, (X *)prepared);
+    });
+}
+
+// Values stream from memory once: they are fetched a page ahead, which hides most of its latency.
+constexpr size_t kAhead = 4096;
+
+template <class T, int batch>
+void dot_row(const uint8_t *mask, size_t words, const T *v, const typename Format<T>::X *x, size_t stride, float *y) {
+    using F = Format<T>;
+    constexpr int kChains = batch == 1 ? 4 : batch == 2 ? 2 : 1;  // sums a vector: more hide the latency of adding
+    typename F::Accumulator sum[batch][kChains] = {};
+    const auto add = [&](const auto &block, int part, const typename F::X *at) {
+        for (int b = 0; b < batch; ++b)
+            for (int i = 0; i < F::kVectors; ++i) {
+                auto &chain = sum[b][(part * F::kVectors + i) % kChains];
+                chain = F::multiply_add(chain, block.v[i], F::load(at + (size_t)b * stride + F::kStep * i));
+            }
+    };
+    size_t word = 0;
+    for (; word + 4 <= words; word += 4, x += 128) {
+        for (size_t line = 0; line < 128 * sizeof(T); line += 64)
+            __builtin_prefetch((const char *)v + kAhead + line);
+        // All four starts before any expansion: the counts are the only chain from step to step.
+        uint64_t low, high;
+        memcpy(&low, mask + 4 * word, 8);
+        memcpy(&high, mask + 4 * word + 8, 8);
+        const int first = bits_in((uint32_t)low), second = __builtin_popcountll(low);
+        const int third = second + bits_in((uint32_t)high), all = second + __builtin_popcountll(high);
+        const auto a = F::expand(v, (uint32_t)low), b = F::expand(v + first, (uint32_t)(low >> 32));
+        const auto c = F::expand(v + second, (uint32_t)high), d = F::expand(v + third, (uint32_t)(high >> 32));
+        v += all;
+        add(a, 0, x);
+        add(b, 1, x + 32);
+        add(c, 2, x + 64);
+        add(d, 3, x + 96);
+    }
+    for (; word < words; ++word, x += 32) {
+        const uint32_t bits = word_at(mask, word);
+        add(F::expand(v, bits), 0, x);
+        v += bits_in(bits);
+    }
+    for (int b = 0; b < batch; ++b) {
+        y[b] = F::sum(sum[b][0]);
+        for (int i = 1; i < kChains; ++i) y[b] += F::sum(sum[b][i]);
+    }
+}
+
+void dot(int dtype, const uint8_t *mask, size_t words, const void *values, const void *x, size_t stride, int batch,
+         float *y) {
+    typed_float(dtype, [&](auto type) {
+        using T = decltype(type);
+        const auto *v = (const T *)values;
+        const auto *vectors = (const typename Format<T>::X *)x;
+        switch (batch) {
+            case 1: return dot_row<T, 1>(mask, words, v, vectors, stride, y);
+            case 2: return dot_row<T, 2>(mask, words, v, vectors, stride, y);
+            case 3: return dot_row<T, 3>(mask, words, v, vectors, stride, y);
+            default: return dot_row<T, 4>(mask, words, v, vectors, stride, y);
+        }
+    });
+}
+
+void expand(int dtype, const uint8_t *mask, size_t words, const void *values, void *dense) {
+    typed_float(dtype, [&](auto type) {
+        using T = decltype(type);
+        using F = Format<T>;
+        const auto *v = (const T *)values;
+        auto *out = (typename F::X *)dense;
+        for (size_t word = 0; word < words; ++word) {
+            const uint32_t bits = word_at(mask, word);
+            __builtin_prefetch((const char *)v + kAhead);
+            const auto block = F::expand(v, bits);
+            for (int i = 0; i < F::kVectors; ++i, out += F::kStep) F::store(out, block.v[i]);
+            v += bits_in(bits);
+        }
+    });
+}
+
+// kTileRows x batch sums, a vector of each row and of each x fill the registers.
+#if defined(__AVX512F__)
+constexpr int kTileBatch = 6;
+#else
+constexpr int kTileBatch = 2;
+#endif
+
+template <class F, int batch>
+void tile_of(const typename F::X *rows, const typename F::X *x, size_t stride, float *y) {
+    typename F::Accumulator sum[sparc3::kTileRows][batch] = {};
+    for (size_t i = 0; i < stride; i += F::kStep) {
+        decltype(F::load(x)) w[sparc3::kTileRows];
+        for (int r = 0; r < sparc3::kTileRows; ++r) w[r] = F::load(rows + (size_t)r * stride + i);
+        for (int b = 0; b < batch; ++b) {
+            const auto vector = F::load(x + (size_t)b * stride + i);
+            for (int r = 0; r < sparc3::kTileRows; ++r) sum[r][b] = F::multiply_add(sum[r][b], w[r], vector);
+        }
+    }
+    for (int r = 0; r < sparc3::kTileRows; ++r)
+        for (int b = 0; b < batch; ++b) y[r * batch + b] = F::sum(sum[r][b]);
+}
+
+void tile(int dtype, const void *rows, const void *x, size_t stride, int batch, float *y) {
+    typed_float(dtype, [&](auto type) {
+        using F = Format<decltype(type)>;
+        const auto *w = (const typename F::X *)rows, *vectors = (const typename F::X *)x;
+        switch (batch) {
+            case 1: return tile_of<F, 1>(w, vectors, stride, y);
+            case 2: return tile_of<F, 2>(w, vectors, stride, y);
+#if defined(__AVX512F__)
+            case 3: return tile_of<F, 3>(w, vectors, stride, y);
+            case 4: return tile_of<F, 4>(w, vectors, stride, y);
+            case 5: return tile_of<F, 5>(w, vectors, stride, y);
+            case 6: return tile_of<F, 6>(w, vectors, stride, y);
+#endif
+        }
+    });
+}
+
+template <class T>
+void unpack_row(const uint8_t *mask, size_t columns, const T *v, T *out) {
+    size_t word = 0;
+    for (; 32 * (word + 1) <= columns; ++word) {
+        const uint32_t bits = word_at(mask, word);
+        __builtin_prefetch((const char *)v + kAhead);
+        expand_raw(v, bits, out + 32 * word);
+        v += bits_in(bits);
+    }
+    if (32 * word < columns) {
+        T rest[32];
+        expand_raw(v, word_at(mask, word), rest);
+        memcpy(out + 32 * word, rest, (columns - 32 * word) * sizeof(T));
+    }
+}
+
+void unpack(int dtype, const uint8_t *mask, size_t columns, const void *values, void *out) {
+    if (dtype == SPARC3_FP32)
+        unpack_row(mask, columns, (const uint32_t *)values, (uint32_t *)out);
+    else
+        unpack_row(mask, columns, (const uint16_t *)values, (uint16_t *)out);
+}
+
+uint64_t count(const uint8_t *mask, size_t words) {
+    uint64_t sum = 0;
+    size_t word = 0;
+#if defined(__AVX512VPOPCNTDQ__)
+    __m512i sums = _mm512_setzero_si512();
+    for (; word + 16 <= words; word += 16)
+        sums = _mm512_add_epi64(sums, _mm512_popcnt_epi64(_mm512_loadu_si512(mask + 4 * word)));
+    sum = (uint64_t)_mm512_reduce_add_epi64(sums);
+#endif
+    for (; word + 2 <= words; word += 2) {
+        uint64_t bits;
+        memcpy(&bits, mask + 4 * word, sizeof bits);
+        sum += (uint64_t)__builtin_popcountll(bits);
+    }
+    return word < words ? sum + (uint64_t)bits_in(word_at(mask, word)) : sum;
+}
+
+template <class T, class Index>
+bool gather_row(const Index *indices, const T *values, size_t count, const float *x, size_t columns, float *y) {
+    size_t i = 0;
+    float sum = 0;
+    uint32_t beyond = 0;
+    const uint32_t limit = (uint32_t)columns;
+#if defined(__AVX512F__)
+    __m512 sums[2] = {};
+    __mmask16 bad = 0;
+    const __m512i last = _mm512_set1_epi32((int)limit);
+    int chain = 0;
+    for (; i + 16 <= count; i += 16, chain ^= 1) {
+        __builtin_prefetch((const char *)(values + i) + 1024);
+        __builtin_prefetch((const char *)(indices + i) + 1024);
+        __m512i at;
+        if constexpr (sizeof(Index) == 2)
+            at = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(indices + i)));
+        else
+            at = _mm512_loadu_si512(indices + i);
+        bad = (__mmask16)(bad | _mm512_cmpge_epu32_mask(at, last));
+        const __m512 found = _mm512_i32gather_ps(_mm512_min_epu32(at, last), x, 4);
+        sums[chain] = _mm512_fmadd_ps(found, to_floats(values + i), sums[chain]);
+    }
+    sum = _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+    beyond = bad;
+#endif
+    for (; i < count; ++i) {
+        const uint32_t at = (uint32_t)indices[i];
+        beyond |= at >= limit;
+        sum += to_float(values[i]) * x[at < limit ? at : limit];
+    }
+    *y = sum;
+    return !beyond;
+}
+
+template <class T, class Index>
+bool gather_row_lanes(const Index *indices, const T *values, size_t count, const float *x, size_t columns, float *y) {
+    constexpr int kParts = sparc3::kLanes16 / kWide;
+    Floats sum[kParts] = {};
+    uint32_t beyond = 0;
+    const uint32_t limit = (uint32_t)columns;
+    for (size_t i = 0; i < count; ++i) {
+        const uint32_t at = (uint32_t)indices[i];
+        beyond |= at >= limit;
+        const float *lane = x + (size_t)(at < limit ? at : limit) * sparc3::kLanes16;
+        const float value = to_float(values[i]);
+        for (int p = 0; p < kParts; ++p) sum[p] += value * load_floats(lane + kWide * p);
+    }
+    for (int p = 0; p < kParts; ++p) store_floats(y + kWide * p, sum[p]);
+    return !beyond;
+}
+
+bool gather(int dtype, bool wide, const void *indices, const void *values, size_t count, const float *x,
+            size_t columns, float *y) {
+    bool inside = true;
+    typed_float(dtype, [&](auto type) {
+        const auto *v = (const decltype(type) *)values;
+        inside = wide ? gather_row((const uint32_t *)indices, v, count, x, columns, y)
+                      : gather_row((const uint16_t *)indices, v, count, x, columns, y);
+    });
+    return inside;
+}
+
+bool gather_lanes(int dtype, bool wide, const void *indices, const void *values, size_t count, const float *x,
+                  size_t columns, float *y) {
+    bool inside = true;
+    typed_float(dtype, [&](auto type) {
+        const auto *v = (const decltype(type) *)values;
+        inside = wide ? gather_row_lanes((const uint32_t *)indices, v, count, x, columns, y)
+                      : gather_row_lanes((const uint16_t *)indices, v, count, x, columns, y);
+    });
+    return inside;
+}
+
+// Two places of two bits: the bits they set.
+constexpr uint8_t kPairs[16] = {1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8};
+
+void masks_2_4(const uint8_t *indices, size_t bytes, uint8_t *mask) {
+    size_t i = 0;
+#if defined(__AVX2__)
+    const __m256i pairs = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)kPairs));
+    const __m256i nibble = _mm256_set1_epi8(15);
+    for (; i + 32 <= bytes; i += 32) {
+        const __m256i places = _mm256_loadu_si256((const __m256i *)(indices + i));
+        const __m256i low = _mm256_shuffle_epi8(pairs, _mm256_and_si256(places, nibble));
+        const __m256i high = _mm256_shuffle_epi8(pairs, _mm256_and_si256(_mm256_srli_epi16(places, 4), nibble));
+        _mm256_storeu_si256((__m256i *)(mask + i), _mm256_or_si256(low, _mm256_slli_epi16(high, 4)));
+    }
+#endif
+    for (; i < bytes; ++i) mask[i] = (uint8_t)(kPairs[indices[i] & 15] | kPairs[indices[i] >> 4] << 4);
+}
+
+void masks_4_8(const uint8_t *indices, size_t bytes, uint8_t *mask) {
+    size_t i = 0;
+#if defined(__AVX2__)
+    const __m256i bit = _mm256_setr_epi8(1, 2, 4, 8, 16, 32, 64, -128, 1, 2, 4, 8, 16, 32, 64, -128, 1, 2, 4, 8, 16,
+                                         32, 64, -128, 1, 2, 4, 8, 16, 32, 64, -128);
+    const __m256i nibble = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
+    for (; i + 16 <= bytes; i += 16) {
+        const __m256i places = _mm256_loadu_si256((const __m256i *)(indices + 2 * i));
+        const __m256i low = _mm256_shuffle_epi8(bit, _mm256_and_si256(places, nibble));
+        const __m256i high = _mm256_shuffle_epi8(bit, _mm256_and_si256(_mm256_srli_epi16(places, 4), nibble));
+        const __m256i two = _mm256_or_si256(low, high);
+        const __m256i four = _mm256_and_si256(_mm256_or_si256(two, _mm256_srli_epi16(two, 8)), byte);
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(four, four), 0xd8);
+        _mm_storeu_si128((__m128i *)(mask + i), _mm256_castsi256_si128(packed));
+    }
+#endif
+    for (; i < bytes; ++i) {
+        const uint8_t a = indices[2 * i], b = indices[2 * i + 1];
+        mask[i] = (uint8_t)(1 << (a & 7) | 1 << (a >> 4 & 7) | 1 << (b & 7) | 1 << (b >> 4 & 7));
+    }
+}
+
+constexpr sparc3::PackedKernels kPackedKernels = {
+    prepared_element, prepare, dot,    kTileBatch,   expand,    tile,
+    unpack,           count,   gather, gather_lanes, masks_2_4, masks_4_8,
+};
+
+}  // namespace
