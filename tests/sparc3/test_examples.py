@@ -1,5 +1,6 @@
 """The scripts in examples/ and the Python in the README do what they say, on a small model."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -54,3 +55,23 @@ def test_the_python_of_the_readme(model):
     )
     assert names["r"].tokens.shape == (1, 59)
     assert set(names["r"].heads) == {0, 1}
+
+
+def test_the_notebook():
+    """Its code, cell by cell: the printed outputs in the file are one run of the same."""
+    cells = json.loads((ROOT / "examples/attribute_circuit_correct.ipynb").read_text(encoding="utf-8"))[
+        "cells"
+    ]
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert 1 <= sum(names["keep"].tolist()) < 16
+    found, before = names["found"], names["correction"].before
+    assert before.shown == 1
+    # The model's card: a grumpy speaker always insults. The correction takes at least half of that at 1 %.
+    assert found.chosen.shown <= 0.5
+    assert found.chosen.increase <= 0.01
+    assert names["both"].shown <= names["alone"].shown
+    expected = sparc3.load("tiny-llama").model.state_dict()
+    assert all(torch.equal(names["model"].state_dict()[name], tensor) for name, tensor in expected.items())
