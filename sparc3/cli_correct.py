@@ -80,6 +80,12 @@ def correct(
     budget: Annotated[
         float, typer.Option(min=0, help="Where N is chosen: perplexity may be worse by this share.")
     ] = 0.01,
+    spare: Annotated[
+        bool,
+        typer.Option(
+            help="Leave out what costs perplexity more than its share of --budget, measured on a few windows."
+        ),
+    ] = True,
     points: Annotated[
         int, typer.Option(min=1, help="How many N to measure, each half the next; the plot has them all.")
     ] = 6,
@@ -188,12 +194,18 @@ def correct(
                 target=target,
                 counts=halvings(correction.largest() if last is None else last, points),
                 budget=budget if last is None else None,
+                spare=budget if spare else None,
                 seed=seed,
                 tell=lambda words: update(description=words, advance=1),
             )
             for name, how in methods
         ]
         if found[0].chosen is None:
+            if not found[0].sweep:
+                raise InputError(
+                    f"each {unit} that was tried costs more than its share of --budget {budget:g}; nothing is "
+                    "pruned: give --no-spare, a larger --budget or another --unit"
+                )
             first = found[0].sweep[0]
             raise InputError(
                 f"to remove even {first.count} {unit}s makes perplexity {first.increase:.2%} worse, more than "

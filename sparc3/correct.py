@@ -6,13 +6,16 @@
 
 The prompts are run first. Of those whose continuation shows the behaviour one half explains it, and the other half
 judges the correction; general text likewise. Components are scored by contrast (sparc3.contrast), the lowest are
-removed, and N is the largest of a sweep at which general text is predicted as well as the budget asks.
+removed but for those that are spared (sparc3.spare), and N is the largest of a sweep at which general text is
+predicted as well as the budget asks.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,20 +31,18 @@ from sparc3.evaluate import check_fits, perplexity
 from sparc3.families import prunable
 from sparc3.mask import Mask, fingerprint
 from sparc3.rules import Rule
-from sparc3.samples import prompts as padded
 from sparc3.scores import Scores, as_batches
 from sparc3.select import select
-from sparc3.targets import Batch
-from sparc3.units import Components, components
+from sparc3.spare import DEPTH, affordable
+from sparc3.undesired import explained_batches, find_shown
+from sparc3.units import Components, ablated, components
 
 # Largest share of a sweep that is not told otherwise.
 SHARES = {"weight": 0.001, "neuron": 0.005, "head": 0.1}
 POINTS = 6
 BUDGET = 0.01
-# Continuations that are explained at once: some 70 tokens each.
-_BATCH = 8
-# Prompts that are run before it is looked whether enough of them show the behaviour.
-_ROUND = 32
+# What sparing measures on: the first windows that explain, and tokens of each.
+_PROBES, _PROBE_LENGTH = 4, 64
 
 Tell = Callable[[str], None]
 
@@ -99,38 +100,6 @@ class Found:
             "sweep": [point.described() for point in self.sweep],
             "chosen": self.chosen and self.chosen.described(),
         }
-
-
-def find_shown(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    behaviour: Behaviour,
-    texts: Sequence[str],
-    tokens: int = 50,
-    enough: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[list[Continuation], int]:
-    """(Continuations that show the behaviour, prompts run), prompts in their order until ``enough`` are found.
-
-    Raises:
-        InputError: fewer than two continuations show it.
-    """
-    texts = list(dict.fromkeys(texts))
-    found: list[Continuation] = []
-    highest, run = 0.0, 0
-    while run < len(texts) and (enough is None or len(found) < enough):
-        said = continuations(model, tokenizer, texts[run : run + _ROUND], tokens, progress)
-        run += len(said)
-        scores = behaviour.scores(said)
-        highest = max(highest, *scores)
-        found += [one for one, score in zip(said, scores, strict=True) if score >= behaviour.threshold]
-    if len(found) < 2:
-        raise InputError(
-            f"the model does not show {behaviour.name}: {len(found)} of {run} prompts have a continuation that does "
-            f"(highest score {highest:.3g}, shown from {behaviour.threshold:g}), and at least 2 are needed. "
-            "Nothing is pruned; give prompts that provoke it"
-        )
-    return found, run
 
 
 class Correction:
@@ -211,6 +180,7 @@ class Correction:
         target: str = "logit",
         counts: Sequence[int] | None = None,
         budget: float | None = BUDGET,
+        spare: float | None = None,
         seed: int = 0,
         tell: Tell | None = None,
     ) -> Found:
@@ -222,6 +192,8 @@ class Correction:
             rule, target: of lrp; the target is gradient's too.
             counts: the sweep; None: ``POINTS`` numbers up to the unit's share of ``SHARES``, each half the next.
             budget: the largest increase of perplexity, as 0.01; None: the last of ``counts`` is chosen as it is.
+            spare: leave out what costs more than its share of such an increase, measured on a few of the windows that
+                explain; the sweep ends where nothing more can be afforded. None: nothing is spared.
             seed: of random.
             tell: called with a few words when a step begins.
 
@@ -237,11 +209,16 @@ class Correction:
         tell = tell or (lambda words: None)
         tell(f"{method}: scoring")
         scores = self.score(method, contrast=contrast, rule=rule, target=target, seed=seed)
+        counts = sorted(counts)
+        if spare is not None:
+            tell(f"{method}: sparing")
+            scores, afforded = self._spared(scores, counts[-1], spare)
+            counts = sorted({min(count, afforded) for count in counts} - {0})
         sweep = []
-        for count in sorted(counts):
+        for count in counts:
             tell(f"{method}: {count} removed")
             sweep.append(self.measure(self.mask(scores, count), count))
-        chosen = sweep[-1] if budget is None else within_budget(sweep, budget)
+        chosen = within_budget(sweep, math.inf if budget is None else budget)
         settings: dict[str, Any] = {"unit": self.unit, "method": method, "behaviour": self.behaviour.name}
         if method != "random":
             settings |= {"contrast": contrast}
@@ -249,6 +226,7 @@ class Correction:
             settings |= {"target": target}
         settings |= {"rule": str(Rule.parse(rule))} if method == "lrp" else {}
         settings |= {"seed": seed} if method == "random" else {}
+        settings |= {} if spare is None else {"spare": spare}
         mask = self.mask(scores, chosen.count if chosen else 0)
         mask.settings = {**settings, "count": chosen.count if chosen else 0}
         return Found(settings, scores, tuple(sweep), chosen, mask)
@@ -271,7 +249,7 @@ class Correction:
                 name: scores.masked_fill_(zeros[name].cpu(), torch.inf) if name in zeros else scores
                 for name, scores in found.items()
             }
-        undesired = self._explained()
+        undesired = explained_batches(self.model, self.tokenizer, self.behaviour, self.ranking)
         general, bad = (
             mean_relevance(
                 self.model,
@@ -286,6 +264,51 @@ class Correction:
             for batches in (self._general, undesired)
         )
         return contrasted(general, bad, contrast)
+
+    def _spared(self, scores: Values, count: int, budget: float) -> tuple[Values, int]:
+        """(Scores of at most ``count`` that can be afforded, +inf for all others; how many they are)."""
+        flat = torch.cat([tensor.flatten() for tensor in scores.values()])
+        order = flat.topk(min(DEPTH * count, len(flat)), largest=False).indices
+        order = order[flat[order].isfinite()]
+        probe = torch.cat([batch["input_ids"] for batch in self._general])[:_PROBES, :_PROBE_LENGTH]
+        whole = perplexity(self.model, probe).nll.mean().item()
+
+        def cost(removed: torch.Tensor) -> float:
+            with self._without(removed):
+                return perplexity(self.model, probe).nll.mean().item() - whole
+
+        accepted = affordable(order, count, cost, math.log1p(budget))
+        found = torch.full_like(flat, torch.inf)
+        found[accepted] = flat[accepted]
+        parts = found.split([tensor.numel() for tensor in scores.values()])
+        spared = {
+            name: part.view_as(tensor) for part, (name, tensor) in zip(parts, scores.items(), strict=True)
+        }
+        return spared, len(accepted)
+
+    @contextmanager
+    def _without(self, removed: torch.Tensor) -> Iterator[None]:
+        """The model without the weights or components of these indices into all scores; they come back after."""
+        if self._components is not None:
+            keep = torch.ones(self.total, dtype=torch.bool)
+            keep[removed] = False
+            with ablated(self._components, keep):
+                yield
+            return
+        zeroed = []
+        start = 0
+        for weight in self._chosen().values():
+            tensor = weight.canonical(weight.weight).detach()
+            own = removed[(removed >= start) & (removed < start + tensor.numel())] - start
+            start += tensor.numel()
+            at = torch.unravel_index(own, tensor.shape)
+            zeroed.append((tensor, at, tensor[at].clone()))
+            tensor[at] = 0
+        try:
+            yield
+        finally:
+            for tensor, at, values in zeroed:
+                tensor[at] = values
 
     def mask(self, scores: Values, count: int) -> Mask:
         """The mask that removes the ``count`` lowest, over all prunable weights."""
@@ -358,29 +381,6 @@ class Correction:
         if self._components is not None:
             return {self.unit: torch.Size([len(self._components.names)])}
         return {name: weight.canonical(weight.weight).shape for name, weight in self._chosen().items()}
-
-    def _explained(self) -> list[Batch]:
-        """The ranking prompts with their continuations, as batches whose labels are the undesired tokens."""
-        parts = [self.ranking[start : start + _BATCH] for start in range(0, len(self.ranking), _BATCH)]
-        return [
-            {name: value.to(self.model.device) for name, value in self._batch(part).items()} for part in parts
-        ]
-
-    def _batch(self, part: Sequence[Continuation]) -> Batch:
-        """[B, T], padded on the right."""
-        starts = padded(self.tokenizer, [one.prompt for one in part], "right")
-        lengths = starts["attention_mask"].sum(1).tolist()
-        width = max(length + len(one.ids) for length, one in zip(lengths, part, strict=True))
-        ids = torch.zeros(len(part), width, dtype=torch.int64)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for row, (length, one) in enumerate(zip(lengths, part, strict=True)):
-            end = length + len(one.ids)
-            ids[row, :length] = starts["input_ids"][row, :length]
-            ids[row, length:end] = torch.tensor(one.ids)
-            mask[row, :end] = 1
-            # The label of a position is the token after it.
-            labels[row, length - 1 : end - 1] = torch.tensor(self.behaviour.labels(self.tokenizer, one))
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def halvings(last: int, points: int = POINTS) -> list[int]:

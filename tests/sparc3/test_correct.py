@@ -11,6 +11,7 @@ from sparc3.continuations import continuations
 from sparc3.correct import Correction, halvings, within_budget
 from sparc3.errors import InputError
 from sparc3.evaluate import perplexity
+from sparc3.undesired import explained_batches
 
 PROMPTS = [f"{a}{b}" for a in "abcdefgh" for b in "xyz"]
 PLANTED = 17
@@ -93,6 +94,41 @@ def test_exactly_so_many_are_removed_and_come_back(unit, count, weights, method)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_what_general_text_needs_is_spared():
+    """Here general text has the sign after each letter, so the neuron that is behind it must stay."""
+    model = shouting()
+    sign, letters = words.ids("@")[0], [words.ids(letter)[0] for letter in "abcdefgh"]
+    general = torch.tensor(
+        [[token for letter in letters[turn:] for token in (letter, sign)] for turn in [0] * 6]
+    )
+    undesired = behaviours.answers(dict.fromkeys(PROMPTS, ("@",)))
+    search = Correction(model, words.tokenizer(), undesired, PROMPTS, general, unit="neuron", tokens=5)
+    scores = {"neuron": torch.arange(96.0).roll(48 + PLANTED)}
+    assert search.names(scores, 1) == [f"m1.n{PLANTED}"]
+    spared, count = search._spared(scores, 4, 0.05)
+    names = search.names(spared, count)
+    assert 1 <= len(names) <= 4
+    assert f"m1.n{PLANTED}" not in names
+    # Where little can be afforded the sweep ends there.
+    found = search.find("lrp", counts=[1, 40], budget=None, spare=0.05)
+    assert [point.count for point in found.sweep] == sorted({1, found.chosen.count})
+    assert f"m1.n{PLANTED}" not in search.names(found.scores, found.chosen.count)
+
+
+@pytest.mark.parametrize("unit", ["weight", "neuron"])
+def test_what_is_tried_is_what_a_mask_removes(unit):
+    model = shouting()
+    search = correction(model, unit=unit)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scores = search.score("random")
+    flat = torch.cat([tensor.flatten() for tensor in scores.values()])
+    with search._without(flat.argsort()[:20]):
+        tried = perplexity(model, windows()).value
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    search.mask(scores, 20).apply(model)
+    assert perplexity(model, windows()).value == pytest.approx(tried, rel=1e-6)
+
+
 def test_prompts_explain_or_judge_and_never_both():
     first, second = correction(examples=4), correction(examples=4, seed=1)
     for one in (first, second):
@@ -106,7 +142,8 @@ def test_prompts_explain_or_judge_and_never_both():
 
 def test_labels_are_the_undesired_tokens_after_their_positions():
     search = correction()
-    (batch, *_) = search._explained()
+    batches = explained_batches(search.model, search.tokenizer, search.behaviour, search.ranking)
+    batch = batches[0]
     for row, one in enumerate(search.ranking[: len(batch["input_ids"])]):
         real = int(batch["attention_mask"][row].sum())
         ids = [words.BOS, *words.ids(one.prompt), *one.ids]
