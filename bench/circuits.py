@@ -29,7 +29,8 @@ import typer
 from attribution_cases import load_benchmark_model
 from rich.console import Console
 
-from sparc3.circuit import Search, agreement
+from sparc3.agreement import agreement
+from sparc3.circuit import Search
 from sparc3.ranking import score_components
 from sparc3.report import as_json, versions
 from sparc3.tasks import Task, load_task, task_batches
@@ -48,6 +49,12 @@ _MLPS = (
 RULES = tuple(
     f"norm={norm},{mlp},attention={attention}"
     for norm, mlp, attention in product(("gradient", "constant"), _MLPS, ("gradient", "half", "value"))
+)
+# Gradient, the rule that agrees best with exact patching, and AttnLRP.
+LEADING = (
+    RULES[0],
+    "norm=constant,activation=gradient,gate=gradient,attention=gradient",
+    "norm=constant,activation=identity,gate=half,attention=half",
 )
 REDUCTIONS = ("signed", "abs", "square")
 TARGETS = ("difference", "logit", "logprob")
@@ -145,18 +152,18 @@ def _agreement(study: Study, side: str, seed: int, ablation: str) -> None:
 
 
 def run_rules(study: Study, seeds: int, units: list[str]) -> None:
-    """Every rule with every reduction and target, on development examples."""
+    """Every rule, and the leading ones with every target and reduction (on bundled models), development examples."""
     for seed, unit in product(range(seeds), units):
         search = Search(study.model, study.tokenizer, study.development(seed), unit)
-        cases = [(rule, "difference", "signed") for rule in _rules(study, unit)]
-        if study.bundled:
-            cases = list(product(_rules(study, unit), TARGETS, REDUCTIONS))
-        for rule, target, reduce in cases:
+        cases = list(product(("difference",), REDUCTIONS, LEADING))
+        cases += [("difference", "signed", rule) for rule in _rules(unit)]
+        cases += list(product(TARGETS, REDUCTIONS, LEADING)) if study.bundled else []
+        for target, reduce, rule in cases:
             key = {"seed": seed, "unit": unit, "rule": rule, "target": target, "reduce": reduce}
             study.rows.measure(key, partial(_find, search, "lrp", rule=rule, target=target, reduce=reduce))
 
 
-def _rules(study: Study, unit: str) -> Iterator[str]:
+def _rules(unit: str) -> Iterator[str]:
     for rule in RULES:
         if unit == "weight" and "attention=value" in rule:
             continue  # gives queries and keys no relevance

@@ -16,18 +16,21 @@ ranked; CPR = area under f over k, CMD = area under |1 - f|, both by trapezoids 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from sparc3_kernels.select import pack_bits
+from sparc3_kernels.select import count_bits, pack_bits
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.ablation import ABLATIONS, ablated_differences, differences, masked_differences, replacement
+from sparc3.engine import model_inputs
 from sparc3.errors import InputError
-from sparc3.families import prunable
+from sparc3.families import blocks_of, family_of, find, prunable
 from sparc3.mask import Mask
 from sparc3.ranking import (
     COMPONENT_METHODS,
@@ -40,8 +43,9 @@ from sparc3.ranking import (
 from sparc3.rules import Rule
 from sparc3.scores import Scores, check_settings
 from sparc3.select import RANKINGS, pruned_count, select
+from sparc3.targets import Batch
 from sparc3.tasks import Task, task_batches
-from sparc3.units import UNITS, components
+from sparc3.units import UNITS, Components, ablated, components
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # Of the full model's accuracy: what a circuit must reach to do the task.
@@ -287,6 +291,53 @@ class Search:
             return keep
         return self._components.mask(self.model, keep)
 
+    @torch.no_grad()
+    def logits(self, batch: Batch, keep: torch.Tensor | Mask | None = None) -> torch.Tensor:
+        """Logits [B, V] after the prompts of a batch, on the CPU: of the whole model, or with the rest ablated."""
+        with ExitStack() as stack:
+            if isinstance(keep, Mask):
+                keep.apply(self.model, keep=True)
+                stack.callback(keep.undo, self.model)
+            elif keep is not None and self._components is not None:
+                stack.enter_context(ablated(self._components, keep, self._replace(batch)))
+            inputs = model_inputs(batch)
+            return self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float().cpu()
+
+    def node_relevance(
+        self, rule: str | Rule = DEFAULT_RULE, target: str = "difference", reduce: str = "signed"
+    ) -> tuple[Components, torch.Tensor]:
+        """LRP of every head and MLP, whatever the unit, for the search's ablation; heads alone with fused experts."""
+        fused = any(find(block, family_of(self.model).mlp_output) is None for block in blocks_of(self.model))
+        found = components(self.model, "head" if fused else "node")
+        scores = score_components(
+            self.model,
+            found,
+            self._ranking,
+            "lrp",
+            ablation=self.ablation,
+            rule=rule,
+            target=target,
+            reduce=reduce,
+        )
+        return found, scores
+
+    def by_block(self, keep: torch.Tensor | Mask) -> list[dict[str, int]]:
+        """[{block, kept, of}]: how many weights or components of each block are kept."""
+        if isinstance(keep, Mask):
+            prefix = f"{family_of(self.model).blocks}."
+            pairs = [
+                (int(name.removeprefix(prefix).split(".")[0]), count_bits(bits), math.prod(keep.shapes[name]))
+                for name, bits in keep.bits.items()
+            ]
+        else:
+            blocks = (int("".join(filter(str.isdigit, name.partition(".")[0]))) for name in self.names)
+            pairs = [(block, int(on), 1) for block, on in zip(blocks, keep.tolist(), strict=True)]
+        rows = {block: {"block": block, "kept": 0, "of": 0} for block, _, _ in sorted(pairs)}
+        for block, kept, total in pairs:
+            rows[block]["kept"] += kept
+            rows[block]["of"] += total
+        return list(rows.values())
+
     def _nothing(self) -> torch.Tensor | Mask:
         if self._components is not None:
             return torch.zeros(self.total, dtype=torch.bool)
@@ -327,35 +378,6 @@ def areas(curve: Sequence[Point]) -> tuple[float, float]:
     x = torch.tensor([point.fraction for point in curve], dtype=torch.float64)
     f = torch.tensor([point.faithfulness for point in curve], dtype=torch.float64)
     return torch.trapezoid(f, x).item(), torch.trapezoid((1 - f).abs(), x).item()
-
-
-def agreement(scores: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
-    """How scores [n] of components agree with exact ablation.
-
-    Returns:
-        pearson, spearman, and pearson_without_two: without the two components of the largest |exact|, which
-        otherwise make a correlation by themselves. NaN where one side does not vary, or fewer than three are left.
-    """
-    scores, exact = scores.double(), exact.double()
-    others = torch.argsort(exact.abs(), descending=True, stable=True)[2:]
-    return {
-        "pearson": _pearson(scores, exact),
-        "spearman": _pearson(_ranks(scores), _ranks(exact)),
-        "pearson_without_two": _pearson(scores[others], exact[others]) if len(others) > 2 else float("nan"),
-    }
-
-
-def _pearson(a: torch.Tensor, b: torch.Tensor) -> float:
-    if len(a) < 2:
-        return float("nan")
-    return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
-
-
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ranks, the mean of their places for equal values."""
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def _sparsest(curve: Sequence[Point], goal: float, measure: Callable[[float], Point]) -> Point:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,8 +80,8 @@ def circuit(
     target: Annotated[
         str,
         typer.Option(
-            help="What lrp and the gradients explain: difference (of the right and the wrong answers' logits) | logit "
-            "| logprob (of the right answers)."
+            help="What lrp and the gradients explain: difference (of right and wrong answers' logits) | logit | "
+            "logprob (of the right answers)."
         ),
     ] = "difference",
     reduce: Annotated[
@@ -113,13 +112,14 @@ def circuit(
 ) -> None:
     """Find the circuit of a task: rank on some examples, ablate the rest, and judge on others.
 
-    The circuit saved is that of --method, whatever else is compared. With zero ablation the folder has its weights as
-    mask.safetensors too, for sparc3 mask.
+    The circuit saved is that of --method, whatever else is compared. circuit.html shows all of it; LRP of every head
+    and MLP is saved under TransformerLens' names (components.safetensors) and for MIB (mib.json). With zero ablation
+    the folder has the circuit's weights too, as mask.safetensors for sparc3 mask.
     """
     from sparc3.circuit import DEFAULT_RULE, Search, check_circuit_settings
+    from sparc3.circuit_page import sample_rows, write_circuit
     from sparc3.export import check_new, new_folder
     from sparc3.models import BUNDLED
-    from sparc3.report import plot_faithfulness, write_report
     from sparc3.tasks import load_task
 
     console.check_apart(model, out)
@@ -151,33 +151,20 @@ def circuit(
             )
             for name in methods
         ]
-        report = _report(loaded, found_task, search, circuits, keep, seed)
-        title = f"{Path(loaded.name).name}, {found_task.name}, {unit}, {ablation} ablation"
-        curves: dict[str, Sequence[tuple[float, float]]] = {
-            one.settings["method"]: [(point.fraction, point.faithfulness) for point in one.curve]
-            for one in circuits
-        }
+        first = circuits[0]
+        share = first.sparsest.fraction if keep is None else keep
+        chosen = search.kept(first.scores, first.settings, share)
+        update(description="where it lies")
+        explained = {"rule": rule, "target": target, "reduce": reduce}
+        if method != "lrp" or unit == "weight":
+            explained |= {"reduce": "signed"}
+        nodes, relevance = search.node_relevance(**explained)
+        report = _report(loaded, found_task, search, circuits, share, seed)
+        report["nodes"] = dict(zip(nodes.names, relevance.tolist(), strict=True))
+        report["task"]["samples"] = sample_rows(search, loaded.tokenizer, found_task, chosen, rule, target)
         update(description=f"writing {out}")
         with new_folder(out, force) as folder:
-            if ablation == "zero":
-                first, share = circuits[0], report["circuit"]["fraction"]
-                mask = search.mask(search.kept(first.scores, first.settings, share))
-                mask.settings |= {
-                    **first.settings,
-                    "task": found_task.name,
-                    "kept": share,
-                    "model": loaded.name,
-                    "origin": loaded.origin,
-                    "note": loaded.note,
-                }
-                mask.save(folder / "mask.safetensors")
-            plot_faithfulness(
-                curves,
-                folder / "faithfulness.png",
-                title + (f" ({loaded.note})" if loaded.note else ""),
-                f"{unit}s",
-            )
-            write_report(folder, report)
+            write_circuit(folder, loaded, search, first, chosen, nodes, relevance, report)
     if as_json:
         console.show_json({"out": str(out), **report})
         return
@@ -185,14 +172,14 @@ def circuit(
 
 
 def _report(
-    loaded: Loaded, task: Task, search: Search, circuits: list[Circuit], keep: float | None, seed: int
+    loaded: Loaded, task: Task, search: Search, circuits: list[Circuit], share: float, seed: int
 ) -> dict[str, Any]:
     """All that is saved and printed, as plain JSON values."""
     from dataclasses import asdict
 
     import torch
 
-    from sparc3.circuit import agreement
+    from sparc3.agreement import agreement
     from sparc3.report import versions
 
     results = [one.described() for one in circuits]
@@ -204,13 +191,14 @@ def _report(
         if isinstance(exact, torch.Tensor) and exact is not one.scores:
             result["agreement"] = agreement(one.scores, exact)
     first = circuits[0]
-    point = first.sparsest if keep is None else search.measure(first.scores, first.settings, [keep])[0]
+    point = first.sparsest
+    if share != point.fraction:
+        (point,) = search.measure(first.scores, first.settings, [share])
     chosen: dict[str, Any] = {"method": first.settings["method"], **asdict(point)}
-    if isinstance(first.scores, torch.Tensor):
-        kept = search.kept(first.scores, first.settings, point.fraction)
-        assert isinstance(kept, torch.Tensor)
+    kept = search.kept(first.scores, first.settings, share)
+    chosen["blocks"] = search.by_block(kept)
+    if isinstance(kept, torch.Tensor):
         chosen["components"] = [name for name, on in zip(search.names, kept.tolist(), strict=True) if on]
-    shown = {"prompt", "corrupted", "answer", "wrong", "group"}
     return {
         "model": {"name": loaded.name, "origin": loaded.origin, "note": loaded.note},
         "task": {
@@ -218,9 +206,6 @@ def _report(
             "seed": seed,
             "ranking": {"examples": len(task.ranking), "groups": sorted({one.group for one in task.ranking})},
             "judging": {"examples": len(task.judging), "groups": sorted({one.group for one in task.judging})},
-            "samples": [
-                {key: value for key, value in asdict(one).items() if key in shown} for one in task.judging[:5]
-            ],
         },
         "unit": search.unit,
         "ablation": search.ablation,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ table { border-collapse: collapse; margin: 1em 0; }
 th, td { padding: 2px 8px; text-align: right; font-variant-numeric: tabular-nums; }
 th { border-bottom: 1px solid #999; font-weight: 600; }
 td:first-child, th:first-child { text-align: left; white-space: pre; }
+img { max-width: 100%; display: block; margin: 1em 0; }
 .note { color: #555; }
 th.text { text-align: left; }
 td.text { text-align: left; white-space: pre-wrap; vertical-align: top; border-bottom: 1px solid #ddd; }
@@ -132,6 +134,12 @@ def drawing(svg: str) -> str:
     return svg[svg.index("<svg") :]
 
 
+def image(path: str | Path, alt: str) -> str:
+    """A PNG file as an element that carries all of its bytes."""
+    data = base64.b64encode(Path(path).read_bytes()).decode("ascii")
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}"/>'
+
+
 def paragraph(text: str, kind: str = "") -> str:
     """A paragraph of text, of a class of the style sheet."""
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
@@ -142,7 +150,8 @@ def page(title: str, sections: Sequence[tuple[str, Sequence[str]]]) -> str:
     body = "".join(f"<h2>{escape(heading)}</h2>\n" + "\n".join(parts) + "\n" for heading, parts in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"/>\n"
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\"/>\n"
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
         f"<body><h1>{escape(title)}</h1>\n{body}</body></html>\n"
     )

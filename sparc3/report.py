@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,4 +207,48 @@ def plot_faithfulness(
     axes.set_title(title)
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_relevance(
+    heads: Sequence[Sequence[float]],
+    mlps: Sequence[float],
+    path: str | Path,
+    title: str,
+    kept: Collection[str] = (),
+) -> None:
+    """Relevance of every head and MLP, block 0 at the bottom; red speaks for the answer, blue against it.
+
+    Args:
+        heads: [blocks][heads].
+        mlps: [blocks]; empty where the model has none that can be told apart.
+        kept: names, as a3.h2 or m3, of what is in the circuit: it is framed.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    blocks, width = len(heads), len(heads[0])
+    figure = Figure(figsize=(min(3 + 0.4 * width, 12), min(1.6 + 0.28 * blocks, 14)), layout="constrained")
+    parts = [("head", heads), *([("MLP", [[value] for value in mlps])] if mlps else [])]
+    panels = figure.subplots(
+        1, len(parts), sharey=True, squeeze=False, width_ratios=[width, max(1, width / 8)][: len(parts)]
+    )[0]
+    colours = LinearSegmentedColormap.from_list("relevance", ["#6298d0", "#ffffff", "#e26a78"])
+    for axes, (kind, rows) in zip(panels, parts, strict=True):
+        scale = max(abs(value) for row in rows for value in row) or 1.0
+        drawn = axes.imshow(rows, origin="lower", aspect="auto", cmap=colours, norm=Normalize(-scale, scale))
+        figure.colorbar(
+            drawn, ax=axes, location="bottom", shrink=0.9, ticks=[-scale, 0, scale], format="%.2g"
+        )
+        axes.set_xlabel(kind)
+        axes.set_xticks(range(width) if kind == "head" and width <= 16 else [])
+        for block, row in enumerate(rows):
+            for index in range(len(row)):
+                if (f"a{block}.h{index}" if kind == "head" else f"m{block}") in kept:
+                    corner = (index - 0.46, block - 0.46)
+                    axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="black", linewidth=1))
+    panels[0].set_ylabel("block")
+    panels[0].yaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=150)

@@ -13,12 +13,12 @@ from tiny import state
 
 import sparc3
 from sparc3.ablation import ablated_differences, differences, replacement
+from sparc3.agreement import agreement
 from sparc3.circuit import (
     GOAL,
     Point,
     Search,
     _sparsest,
-    agreement,
     areas,
     check_circuit_settings,
     faithfulness,

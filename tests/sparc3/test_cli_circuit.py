@@ -12,8 +12,14 @@ from commands import run, succeed, succeed_json
 import sparc3
 from sparc3 import circuit as circuits
 from sparc3.ablation import differences
+from sparc3.agreement import agreement
 from sparc3.mask import Mask
 from sparc3.tasks import SCHEMA, load_task, task_batches
+
+WRITTEN = {
+    *("report.json", "circuit.html", "faithfulness.png", "relevance.png"),
+    *("components.safetensors", "mib.json"),
+}
 
 
 @pytest.fixture
@@ -30,11 +36,7 @@ def listing(folder):
 
 def test_the_folder_holds_the_report_the_plot_and_the_mask(room, asked):
     stdout = succeed("circuit", *asked, "--unit", "neuron", "--compare", "gradient,random", "--out", "out")
-    assert {path.name for path in (room / "out").iterdir()} == {
-        "report.json",
-        "faithfulness.png",
-        "mask.safetensors",
-    }
+    assert {path.name for path in (room / "out").iterdir()} == WRITTEN | {"mask.safetensors"}
     assert (room / "out/faithfulness.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((room / "out/report.json").read_text())
     assert [row["method"] for row in report["results"]] == ["lrp", "gradient", "random"]
@@ -43,7 +45,8 @@ def test_the_folder_holds_the_report_the_plot_and_the_mask(room, asked):
     assert not {*report["task"]["ranking"]["groups"]} & {*report["task"]["judging"]["groups"]}
     assert report["full"]["accuracy"] == 1
     chosen = report["circuit"]
-    assert chosen == {"method": "lrp", **report["results"][0]["sparsest"], "components": chosen["components"]}
+    rest = {name: chosen[name] for name in ("components", "blocks")}
+    assert chosen == {"method": "lrp", **report["results"][0]["sparsest"], **rest}
     assert len(chosen["components"]) == chosen["kept"]
     assert all(re.fullmatch(r"m[01]\.n\d+", name) for name in chosen["components"])
     assert f"circuit of lrp: {chosen['kept']} of 96 neurons" in stdout
@@ -93,12 +96,12 @@ def test_scores_agree_with_exact_ablation_where_it_is_compared(room, asked):
     options = ["--unit", "node", "--ablation", "patch", "--compare", "exact,random", "--out", "out"]
     found = succeed_json("circuit", *asked, *options)
     rows = {row["method"]: row for row in found["results"]}
-    assert {path.name for path in (room / "out").iterdir()} == {"report.json", "faithfulness.png"}
+    assert {path.name for path in (room / "out").iterdir()} == WRITTEN
     assert set(rows["lrp"]["scores"]) == {f"a{i}.h{j}" for i in range(2) for j in range(4)} | {"m0", "m1"}
     assert "agreement" not in rows["exact"]
     for method in ("lrp", "random"):
         scores, exact = (torch.tensor(list(rows[name]["scores"].values())) for name in (method, "exact"))
-        assert rows[method]["agreement"] == pytest.approx(circuits.agreement(scores, exact), abs=1e-5)
+        assert rows[method]["agreement"] == pytest.approx(agreement(scores, exact), abs=1e-5)
     assert rows["lrp"]["settings"]["rule"] == str(sparc3.Rule.parse(circuits.DEFAULT_RULE))
 
 
@@ -140,6 +143,7 @@ def test_the_schema_needs_nothing_else():
         ("exact ablation runs the model once", ("--unit", "neuron", "--method", "exact")),
         ("method 'activation' scores components", ("--unit", "weight", "--compare", "activation")),
         ("weights are ablated by zero alone", ("--unit", "weight", "--ablation", "patch")),
+        ("target 'loss' is not known", ("--target", "loss")),
         ("ablation 'swap' is not known", ("--ablation", "swap")),
         ("ranking 'up' is not known", ("--by", "up")),
         ("rule 'lxt' is not known", ("--rule", "lxt")),
