@@ -163,7 +163,7 @@ def correct(
         loaded = sparc3.load(model, dtype=dtype, device=device)
         if compressed is not None:
             compressed.check(loaded.model)
-        size = console.window_length(loaded, length)
+        size = console.window_length(loaded.model.config, loaded.tokenizer, length)
         windows = sparc3.windows(loaded.tokenizer, documents, size, samples, seed)
         judged = (
             sparc3.windows(loaded.tokenizer, judged_documents, size, samples) if judged_documents else None
