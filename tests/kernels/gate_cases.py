@@ -4,7 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from sparc3_kernels import attention, attention_backward, gated_mlp, norm, weight_relevance, weight_score
+from sparc3_kernels import (
+    attention,
+    attention_backward,
+    gated_mlp,
+    lm_head,
+    norm,
+    weight_relevance,
+    weight_score,
+)
 from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -144,4 +152,21 @@ def _attention() -> list[Case]:
     return cases
 
 
-CASES: list[Case] = [*_norms(), *_gated_mlp(), *_weight_relevance(), *_weight_score(), *_attention()]
+def _lm_head() -> list[Case]:
+    def run(dtype: torch.dtype) -> None:
+        z, labels = meta(256, 262144, dtype=dtype), meta(256, dtype=torch.int64)
+        for target in lm_head.TARGETS:
+            lm_head._logits_gradient_triton_(z, labels, target, 0.0)
+        lm_head._logits_gradient_triton_(z, labels, "logprob", 30.0)
+
+    return [Case("LM head", run)]
+
+
+CASES: list[Case] = [
+    *_norms(),
+    *_gated_mlp(),
+    *_weight_relevance(),
+    *_weight_score(),
+    *_attention(),
+    *_lm_head(),
+]
