@@ -54,7 +54,7 @@ int check_arguments(const sparc3_bitmap *w) {
     if (!w || !is_dtype(w->dtype) || !countable(w->rows, w->columns)) return SPARC3_ERROR_ARGUMENT;
     if (!w->rows) return SPARC3_OK;
     if (!w->offsets || (w->columns && !w->bits) || (w->count && !w->values)) return SPARC3_ERROR_ARGUMENT;
-    return w->count > w->rows * w->columns ? SPARC3_ERROR_FORMAT : SPARC3_OK;
+    return countable(w->count, 1) ? SPARC3_OK : SPARC3_ERROR_ARGUMENT;
 }
 
 }  // namespace

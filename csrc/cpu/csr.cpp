@@ -22,7 +22,7 @@ int check_arguments(const sparc3_csr *w) {
         return SPARC3_ERROR_ARGUMENT;
     if (!w->rows) return SPARC3_OK;
     if (!w->offsets || (w->count && (!w->values || !w->indices))) return SPARC3_ERROR_ARGUMENT;
-    return w->count > w->rows * w->columns ? SPARC3_ERROR_FORMAT : SPARC3_OK;
+    return countable(w->count, 1) ? SPARC3_OK : SPARC3_ERROR_ARGUMENT;
 }
 
 bool clear_of(const void *out, size_t size, const sparc3_csr &w) {

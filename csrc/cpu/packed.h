@@ -59,18 +59,23 @@ struct PackedRow {
 struct Scratch {
     uint8_t *mask;   // bits of a row, for formats that have none
     char *values;    // of a row that ends too close to the end of the buffer to be read beyond it
-    char *dense;     // kTileRows prepared rows
+    char *dense;     // a strip of prepared rows
 };
 
 struct LinearPlan {
-    size_t padded, mask_size, values_size, dense_size, prepared_size;
+    // Vectors stream past a strip of rows: the more rows, the less often; it should fit the level-2 cache.
+    static constexpr size_t kStripBytes = 512 << 10, kMostRows = 16;
+
+    size_t padded, strip, mask_size, values_size, dense_size, prepared_size;
     int threads;
 
     LinearPlan(size_t rows, size_t columns, size_t batch, int wanted)
         : padded(words_of(columns) * kWord),
+          strip(std::clamp(kStripBytes / (padded * sizeof(float) + 1) / kTileRows * kTileRows, size_t{kTileRows},
+                           kMostRows)),
           mask_size(aligned(padded / 8 + 64)),
           values_size(aligned(padded * sizeof(float) + kOverread)),
-          dense_size(batch > kFusedBatch ? aligned(kTileRows * padded * sizeof(float)) : 0),
+          dense_size(batch > kFusedBatch ? aligned(strip * padded * sizeof(float)) : 0),
           // CSR takes vectors in strips of kLanes16, and a column more.
           prepared_size(aligned((batch == 1 ? 1 : (batch + kLanes16 - 1) / kLanes16 * kLanes16) * (padded + 1) *
                                 sizeof(float))),
@@ -106,7 +111,7 @@ int multiply(int dtype, size_t rows, size_t columns, const void *x, size_t batch
                     prepared + b * plan.padded * element);
     std::atomic<bool> sound{true};
     parallel(plan.threads, parts_for(plan.threads), [&](int thread, int part) {
-        const Slice mine = slice(rows, kTileRows, parts_for(plan.threads), part);
+        const Slice mine = slice(rows, plan.strip, parts_for(plan.threads), part);
         char *own = memory + plan.prepared_size + plan.thread_size() * static_cast<size_t>(thread);
         const Scratch scratch{reinterpret_cast<uint8_t *>(own), own + plan.mask_size,
                               own + plan.mask_size + plan.values_size};
@@ -125,24 +130,25 @@ int multiply(int dtype, size_t rows, size_t columns, const void *x, size_t batch
             return;
         }
         float sums[kTileRows * 16];
-        for (size_t r = mine.begin; r < mine.begin + mine.size; r += kTileRows) {
-            const size_t height = std::min<size_t>(kTileRows, mine.begin + mine.size - r);
-            for (size_t i = 0; i < kTileRows; ++i) {
-                char *dense = scratch.dense + i * plan.padded * element;
-                if (i >= height) {
-                    memset(dense, 0, plan.padded * element);
-                    continue;
-                }
+        const size_t row_size = plan.padded * element, step = static_cast<size_t>(isa.tile_batch);
+        for (size_t r = mine.begin; r < mine.begin + mine.size; r += plan.strip) {
+            const size_t height = std::min(plan.strip, mine.begin + mine.size - r);
+            for (size_t i = 0; i < height; ++i) {
                 const PackedRow packed = row(r + i, scratch);
                 if (!packed.values) return sound.store(false, std::memory_order_relaxed);
-                isa.expand(dtype, packed.mask, words, packed.values, dense);
+                isa.expand(dtype, packed.mask, words, packed.values, scratch.dense + i * row_size);
             }
-            for (size_t b = 0; b < batch; b += static_cast<size_t>(isa.tile_batch)) {
-                const size_t width = std::min<size_t>(static_cast<size_t>(isa.tile_batch), batch - b);
-                isa.tile(dtype, scratch.dense, prepared + b * plan.padded * element, plan.padded,
-                         static_cast<int>(width), sums);
-                for (size_t i = 0; i < height; ++i)
-                    for (size_t j = 0; j < width; ++j) finish(r + i, b + j, sums[i * width + j]);
+            // A tile is whole: the rows that it has too many are zeros.
+            const size_t whole = (height + kTileRows - 1) / kTileRows * kTileRows;
+            memset(scratch.dense + height * row_size, 0, (whole - height) * row_size);
+            for (size_t b = 0; b < batch; b += step) {
+                const size_t width = std::min(step, batch - b);
+                for (size_t t = 0; t < height; t += kTileRows) {
+                    isa.tile(dtype, scratch.dense + t * row_size, prepared + b * row_size, plan.padded,
+                             static_cast<int>(width), sums);
+                    for (size_t i = 0; i < std::min<size_t>(kTileRows, height - t); ++i)
+                        for (size_t j = 0; j < width; ++j) finish(r + t + i, b + j, sums[i * width + j]);
+                }
             }
         }
     });

@@ -123,8 +123,18 @@ def _bitmap_linear(
     if not runs_on_cpu("bitmap_linear", values):
         return bitmap_linear_reference(x, bits, values, offsets, bias)
     bits, values, offsets = bits.contiguous(), values.contiguous(), offsets.contiguous()
-    packed = _native(bits, values, offsets, x.shape[-1])
-    status, y = multiply_by(native.library().sparc3_bitmap_linear, packed, bits.shape[0], x, bias)
+    library, columns = native.library(), x.shape[-1]
+
+    def part(first: int, many: int) -> native.Bitmap:
+        packed = _native(bits, values, offsets, columns)
+        packed.rows = many
+        packed.bits = bits.data_ptr() + first * bits.shape[1]
+        packed.offsets = offsets.data_ptr() + first * 8
+        return packed
+
+    status, y = multiply_by(
+        library.sparc3_bitmap_linear, library.sparc3_bitmap_unpack, part, bits.shape[0], x, bias
+    )
     check_status(status, lambda: check_bitmap(bits, values, offsets, x.shape[-1]))
     return y
 

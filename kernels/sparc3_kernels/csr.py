@@ -122,8 +122,16 @@ def _csr_linear(
     if not runs_on_cpu("csr_linear", values):
         return csr_linear_reference(x, indices, values, offsets, bias)
     indices, values, offsets = indices.contiguous(), values.contiguous(), offsets.contiguous()
-    packed = _native(indices, values, offsets, x.shape[-1])
-    status, y = multiply_by(native.library().sparc3_csr_linear, packed, packed.rows, x, bias)
+    library, columns = native.library(), x.shape[-1]
+
+    def part(first: int, many: int) -> native.CSR:
+        packed = _native(indices, values, offsets, columns)
+        packed.rows = many
+        packed.offsets = offsets.data_ptr() + first * 8
+        return packed
+
+    rows = offsets.numel() - 1
+    status, y = multiply_by(library.sparc3_csr_linear, library.sparc3_csr_unpack, part, rows, x, bias)
     check_status(status, lambda: check_csr(indices, values, offsets, x.shape[-1]))
     return y
 

@@ -133,8 +133,18 @@ def _nm_linear(
     if not runs_on_cpu("nm_linear", values):
         return nm_linear_reference(x, values, indices, n, m, bias)
     values, indices = values.contiguous(), indices.contiguous()
-    packed = _native(values, indices, n, m)
-    status, y = multiply_by(native.library().sparc3_nm_linear, packed, packed.rows, x, bias)
+    library = native.library()
+
+    def part(first: int, many: int) -> native.NM:
+        packed = _native(values, indices, n, m)
+        packed.rows = many
+        packed.values = values.data_ptr() + first * values.shape[1] * values.element_size()
+        packed.indices = indices.data_ptr() + first * indices.shape[1]
+        return packed
+
+    status, y = multiply_by(
+        library.sparc3_nm_linear, library.sparc3_nm_unpack, part, values.shape[0], x, bias
+    )
     check_status(status, lambda: check_nm(values, indices, n, m))
     return y
 

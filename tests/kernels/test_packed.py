@@ -223,12 +223,17 @@ def test_nm_linear(packed_implementation: str, n: int, m: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 8, 16, 33, 64, 200])
-def test_every_batch_gives_the_same_rows(packed_implementation: str, batch: int) -> None:
-    """Large integers in fp32 are exact in any order: any row mixed up with another is seen."""
-    weight = sparse(67, 300, 0.5, torch.float32).mul_(8).round_()
+def test_every_batch_gives_the_same_rows(
+    packed_implementation: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Integers in fp32 are exact in any order: any row mixed up with another is seen, in panels of 16 rows too."""
+    monkeypatch.setattr("sparc3_kernels.packed.PANEL_ROWS", 16)
+    monkeypatch.setattr("sparc3_kernels.packed.DENSE_BATCH", 64)
+    weight = nm_weight(67, 75, 2, 4, torch.float32).mul_(8).round_()
     x = torch.randint(-9, 9, (batch, 300), generator=torch.Generator().manual_seed(batch)).float()
-    for linear in linears(weight).values():
+    for linear in linears(weight, 2, 4).values():
         assert torch.equal(linear(x, None), x @ weight.T)
+        assert torch.equal(linear(x, x.new_ones(67)), x @ weight.T + 1)
 
 
 def test_linear_takes_views(packed_implementation: str) -> None:
