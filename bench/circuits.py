@@ -89,7 +89,7 @@ class Rows:
         self.data["rows"].append(row)
         self.data |= {"date": time.strftime("%Y-%m-%d"), **versions()}
         unfinished = self.path.with_suffix(".partial")
-        unfinished.write_text(as_json(self.data) + "\n")
+        unfinished.write_text(json.dumps(json.loads(as_json(self.data))) + "\n")
         unfinished.replace(self.path)
         self.path.with_suffix(".md").write_text(circuit_tables.markdown(self.data))
         return row
@@ -177,7 +177,7 @@ _PEERS = ("gradient", "integrated-gradients", "wanda", "magnitude", "random")
 def run_tables(study: Study, seeds: int, units: list[str]) -> None:
     """The default beside its peers: how much of the model still does the task, on judging examples."""
     for seed, unit in product(range(seeds), units):
-        for ablation in ("zero",) if unit == "weight" else ("zero", "patch"):
+        for ablation in ("zero",) if unit != "head" else ("zero", "patch"):
             peers = (*_PEERS, *(() if unit == "weight" else ("activation",)))
             keys = [
                 {"seed": seed, "unit": unit, "ablation": ablation, "method": name} for name in ("lrp", *peers)

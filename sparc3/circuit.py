@@ -50,8 +50,7 @@ from sparc3.units import UNITS, Components, ablated, components
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # Of the full model's accuracy: what a circuit must reach to do the task.
 GOAL = 0.9
-# On the bundled models the one rule that agrees with exact patching to 0.99 for heads and MLPs, and
-# whose circuits of weights are the sparsest.
+# Agrees best with exact patching of heads and MLPs (docs/circuits.md).
 DEFAULT_RULE = "gradient,norm=constant"
 # Halvings, on a log scale, of the grid's interval in which accuracy falls below the goal: to 3 % of the size.
 _HALVINGS = 5
@@ -112,6 +111,15 @@ class Circuit:
             "sparsest": asdict(self.sparsest),
             "seconds": self.seconds,
         }
+
+
+def default_settings(unit: str, ablation: str) -> dict[str, str]:
+    """{"rule", "reduce"} of LRP, chosen on ranking examples of the bundled models: see docs/circuits.md."""
+    if unit == "weight":
+        return {"rule": DEFAULT_RULE, "reduce": "square"}
+    if unit == "neuron" and ablation == "zero":
+        return {"rule": "attnlrp", "reduce": "square"}
+    return {"rule": DEFAULT_RULE, "reduce": "signed"}
 
 
 def check_circuit_settings(
@@ -196,9 +204,9 @@ class Search:
         method: str = "lrp",
         *,
         by: str = "magnitude",
-        rule: str | Rule = DEFAULT_RULE,
+        rule: str | Rule | None = None,
         target: str = "difference",
-        reduce: str = "signed",
+        reduce: str | None = None,
         seed: int = 0,
         tell: Tell | None = None,
     ) -> Circuit:
@@ -207,16 +215,21 @@ class Search:
         Args:
             method: sparc3.ranking.COMPONENT_METHODS or, for weights, WEIGHT_METHODS.
             by: rank by "magnitude", or by signed "value" (what works against the task goes first).
-            rule: for lrp.
+            rule: for lrp; None: ``default_settings``.
             target: what lrp and the gradients explain, of sparc3.tasks.TASK_TARGETS.
-            reduce: how samples are reduced by lrp and gradient: signed | abs | square (weights: token-square too).
+            reduce: how samples are reduced by lrp and the gradients: signed | abs | square (weights: token-square
+                too, and integrated gradients always signed); None: ``default_settings``.
             seed: of random.
             tell: called with a few words when a step begins.
 
         Raises:
             InputError: the method does not fit the unit, or a setting is not known.
         """
+        defaults = default_settings(self.unit, self.ablation)
+        rule, reduce = rule or defaults["rule"], reduce or defaults["reduce"]
         check_circuit_settings(self.unit, method, self.ablation, by, rule, reduce, target)
+        summed = ("lrp", "gradient", *(() if self.unit == "weight" else ("integrated-gradients",)))
+        reduce = reduce if method in summed else "signed"
         tell = tell or (lambda words: None)
         tell(f"{method}: scoring")
         start = time.perf_counter()
@@ -241,7 +254,7 @@ class Search:
         settings: dict[str, Any] = {"unit": self.unit, "ablation": self.ablation, "method": method, "by": by}
         if method == "lrp":
             settings |= {"rule": str(Rule.parse(rule))}
-        if method in ("lrp", "gradient"):
+        if method in summed:
             settings |= {"target": target, "reduce": reduce}
         if method == "random":
             settings |= {"seed": seed}
@@ -303,23 +316,12 @@ class Search:
             inputs = model_inputs(batch)
             return self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float().cpu()
 
-    def node_relevance(
-        self, rule: str | Rule = DEFAULT_RULE, target: str = "difference", reduce: str = "signed"
-    ) -> tuple[Components, torch.Tensor]:
+    def node_relevance(self, target: str = "difference") -> tuple[Components, torch.Tensor]:
         """LRP of every head and MLP, whatever the unit, for the search's ablation; heads alone with fused experts."""
         fused = any(find(block, family_of(self.model).mlp_output) is None for block in blocks_of(self.model))
         found = components(self.model, "head" if fused else "node")
-        scores = score_components(
-            self.model,
-            found,
-            self._ranking,
-            "lrp",
-            ablation=self.ablation,
-            rule=rule,
-            target=target,
-            reduce=reduce,
-        )
-        return found, scores
+        settings: dict[str, Any] = {"rule": DEFAULT_RULE, "target": target, "ablation": self.ablation}
+        return found, score_components(self.model, found, self._ranking, "lrp", **settings)
 
     def by_block(self, keep: torch.Tensor | Mask) -> list[dict[str, int]]:
         """[{block, kept, of}]: how many weights or components of each block are kept."""

@@ -74,7 +74,8 @@ def circuit(
     rule: Annotated[
         str | None,
         typer.Option(
-            help="LRP rule: attnlrp | cp | gradient, or choices such as gradient,norm=constant (default)."
+            help="LRP rule: attnlrp | cp | gradient, or choices such as gradient,norm=constant. Default: what "
+            "was best for the unit."
         ),
     ] = None,
     target: Annotated[
@@ -85,11 +86,12 @@ def circuit(
         ),
     ] = "difference",
     reduce: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="How lrp and gradient reduce samples: signed | abs | square (weight: token-square too)."
+            help="How lrp and the gradients reduce samples: signed | abs | square (weight: token-square too). "
+            "Default: square for weights and for neurons ablated by zero, else signed."
         ),
-    ] = "signed",
+    ] = None,
     keep: Annotated[
         float | None,
         typer.Option(
@@ -116,7 +118,7 @@ def circuit(
     and MLP is saved under TransformerLens' names (components.safetensors) and for MIB (mib.json). With zero ablation
     the folder has the circuit's weights too, as mask.safetensors for sparc3 mask.
     """
-    from sparc3.circuit import DEFAULT_RULE, Search, check_circuit_settings
+    from sparc3.circuit import Search, check_circuit_settings, default_settings
     from sparc3.circuit_page import sample_rows, write_circuit
     from sparc3.export import check_new, new_folder
     from sparc3.models import BUNDLED
@@ -126,7 +128,8 @@ def circuit(
     check_new(out, force)
     others = [word.strip() for word in compare.split(",")] if compare else []
     methods = list(dict.fromkeys([method, *others]))
-    rule = DEFAULT_RULE if rule is None else rule
+    defaults = default_settings(unit, ablation)
+    rule, reduce = rule or defaults["rule"], reduce or defaults["reduce"]
     for name in methods:
         check_circuit_settings(unit, name, ablation, by, rule, reduce, target)
     if keep is not None and not 0 <= keep <= 1:
@@ -155,10 +158,7 @@ def circuit(
         share = first.sparsest.fraction if keep is None else keep
         chosen = search.kept(first.scores, first.settings, share)
         update(description="where it lies")
-        explained = {"rule": rule, "target": target, "reduce": reduce}
-        if method != "lrp" or unit == "weight":
-            explained |= {"reduce": "signed"}
-        nodes, relevance = search.node_relevance(**explained)
+        nodes, relevance = search.node_relevance(target)
         report = _report(loaded, found_task, search, circuits, share, seed)
         report["nodes"] = dict(zip(nodes.names, relevance.tolist(), strict=True))
         report["task"]["samples"] = sample_rows(search, loaded.tokenizer, found_task, chosen, rule, target)

@@ -83,7 +83,7 @@ def test_the_mask_is_the_circuit_of_the_report(room, base, asked, unit):
     assert (values > 0).double().mean().item() == chosen["accuracy"]
     # And the library finds the same.
     search = circuits.Search(sparc3.load(base).model, words.tokenizer(), task, unit)
-    expected = search.find("lrp", rule="attnlrp", by="value")
+    expected = search.find("lrp", rule="attnlrp", by="value", reduce="signed")
     assert [point["faithfulness"] for point in found["results"][0]["curve"]] == pytest.approx(
         [point.faithfulness for point in expected.curve]
     )
