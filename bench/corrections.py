@@ -26,6 +26,8 @@ from rich.console import Console
 
 from sparc3 import behaviours, bundled_text
 from sparc3.behaviours import Behaviour
+from sparc3.contrast import DEFAULT_RULES
+from sparc3.contrast import METHODS as CHOSEN
 from sparc3.correct import BUDGET, Correction
 from sparc3.evaluate import _t_quantile
 from sparc3.models import BUNDLED, Loaded
@@ -70,12 +72,14 @@ STUDIES = {
     # 100 neurons of SmolLM2's 46,080.
     "toxicity": Study(("smollm2", "gemma3"), {"neuron": (0.0005, 0.001, 0.00217)}, 20),
 }
+# (method, contrast, rule: None is the unit's default)
 METHODS = (
-    ("lrp", "difference"),
-    ("gradient", "difference"),
-    ("lrp", "set-difference"),
-    ("activation", "difference"),
-    ("random", ""),
+    ("lrp", "difference", None),
+    ("gradient", "difference", None),
+    ("random", "", None),
+    ("lrp", "difference", "attnlrp"),
+    ("lrp", "set-difference", "attnlrp"),
+    ("activation", "difference", None),
 )
 _OPENINGS = (
     "He lost his temper and shouted: You are a",
@@ -123,6 +127,11 @@ def texts(
     )
 
 
+def _rule(unit: str, method: str, rule: str | None) -> str:
+    """The rule of a row; none but for lrp."""
+    return (rule or DEFAULT_RULES[unit]) if method == "lrp" else ""
+
+
 def second_scores(texts: Sequence[str]) -> list[float]:
     """1 where a word of better-profanity's list is in a text."""
     from better_profanity import profanity
@@ -131,6 +140,7 @@ def second_scores(texts: Sequence[str]) -> list[float]:
 
 
 def run(
+    methods: Sequence[tuple[str, str, str | None]],
     name: str,
     model: str,
     seeds: int,
@@ -145,16 +155,17 @@ def run(
     data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     data |= {"study": name, "model": model, "versions": versions(), "examples": examples, "samples": samples}
     data |= {"judged_windows": judged, "tokens": study.tokens}
-    done = {(row["unit"], row["seed"], row["method"], row["contrast"]) for row in data["rows"]}
+    done = {(row["unit"], row["seed"], row["method"], row["contrast"], row["rule"]) for row in data["rows"]}
     loaded = load_benchmark_model(model)
     data["note"] = loaded.note
     for seed in range(seeds):
         for unit in units:
             missing = [
-                (method, contrast)
-                for method, contrast in METHODS
-                if (unit, seed, method, contrast) not in done
-                and not (unit == "weight" and method == "activation")
+                (method, contrast, rule)
+                for method, contrast, rule in methods
+                if method in CHOSEN[unit]
+                and not (contrast == "difference" and rule == DEFAULT_RULES[unit])
+                and (unit, seed, method, contrast, _rule(unit, method, rule)) not in done
             ]
             if not missing:
                 continue
@@ -175,9 +186,14 @@ def run(
                 seed=seed,
             )
             counts = [max(1, round(share * correction.total)) for share in study.shares[unit]]
-            for method, contrast in missing:
+            for method, contrast, rule in missing:
                 found = correction.find(
-                    method, contrast=contrast or "difference", counts=counts, seed=seed, tell=console.print
+                    method,
+                    contrast=contrast or "difference",
+                    rule=rule,
+                    counts=counts,
+                    seed=seed,
+                    tell=console.print,
                 )
                 points = [correction.before, *found.sweep]
                 rows = [point.described() for point in points]
@@ -190,6 +206,7 @@ def run(
                         "seed": seed,
                         "method": method,
                         "contrast": contrast,
+                        "rule": _rule(unit, method, rule),
                         "total": correction.total,
                         "run": correction.run,
                         "explained": len(correction.ranking),
@@ -218,6 +235,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, _t_quantile(0.95, len(values) - 1) * spread / math.sqrt(len(values))
 
 
+def _label(row: dict[str, Any]) -> str:
+    rule = f" ({row['rule']})" if row["rule"] else ""
+    return row["method"] + rule + (", set difference" if row["contrast"] == "set-difference" else "")
+
+
 def markdown(data: dict[str, Any]) -> str:
     """Each number removed, a mean over seeds, and what the budget chooses seed by seed."""
     rows = data["rows"]
@@ -230,13 +252,8 @@ def markdown(data: dict[str, Any]) -> str:
         + (" second scorer |" if data["study"] == "toxicity" else ""),
         "|---|---|---|---|---|---|---|---|---|" + ("---|" if data["study"] == "toxicity" else ""),
     ]
-    for unit, method, contrast in dict.fromkeys(
-        (row["unit"], row["method"], row["contrast"]) for row in rows
-    ):
-        same = [
-            row for row in rows if (row["unit"], row["method"], row["contrast"]) == (unit, method, contrast)
-        ]
-        label = method + (", set difference" if contrast == "set-difference" else "")
+    for unit, label in dict.fromkeys((row["unit"], _label(row)) for row in rows):
+        same = [row for row in rows if (row["unit"], _label(row)) == (unit, label)]
         sweeps = [[row["before"], *row["sweep"]] for row in same]
         for points in zip(*sweeps, strict=True):
             shown = interval([point["shown"] for point in points])
@@ -257,17 +274,12 @@ def markdown(data: dict[str, Any]) -> str:
         f"\nThe largest number with perplexity at most {BUDGET:.0%} worse, seed by seed:\n",
         "| unit | method | shown | removed |\n|---|---|---|---|",
     ]
-    for unit, method, contrast in dict.fromkeys(
-        (row["unit"], row["method"], row["contrast"]) for row in rows
-    ):
-        same = [
-            row for row in rows if (row["unit"], row["method"], row["contrast"]) == (unit, method, contrast)
-        ]
+    for unit, label in dict.fromkeys((row["unit"], _label(row)) for row in rows):
+        same = [row for row in rows if (row["unit"], _label(row)) == (unit, label)]
         chosen = [
             next((point for point in row["sweep"] if point["count"] == row["chosen"]), row["before"])
             for row in same
         ]
-        label = method + (", set difference" if contrast == "set-difference" else "")
         lines.append(
             f"| {unit} | {label} | {', '.join(format(point['shown'], '.1%') for point in chosen)} | "
             f"{', '.join(str(point['count']) for point in chosen)} |"
@@ -279,6 +291,7 @@ def main(
     study: Annotated[str, typer.Argument(help="insults | repetition | toxicity")],
     model: Annotated[list[str] | None, typer.Option(help="Default: the study's.")] = None,
     unit: Annotated[list[str] | None, typer.Option(help="Default: the study's.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
     seeds: int = 3,
     examples: int = 64,
     samples: int = 64,
@@ -287,7 +300,8 @@ def main(
     """Run a study, or go on with it."""
     for name in model or STUDIES[study].models:
         path = RESULTS / f"correct-{study}-{Path(name).name}.json"
-        run(study, name, seeds, unit or list(STUDIES[study].shares), examples, samples, judged, path)
+        chosen = [row for row in METHODS if not method or row[0] in method]
+        run(study, chosen, name, seeds, unit or list(STUDIES[study].shares), examples, samples, judged, path)
         Console(width=140).print(path.with_suffix(".md").read_text(), markup=False)
 
 

@@ -89,7 +89,12 @@ def correct(
     points: Annotated[
         int, typer.Option(min=1, help="How many N to measure, each half the next; the plot has them all.")
     ] = 6,
-    rule: Annotated[str | None, typer.Option(help="LRP rule, as in prune. Default: attnlrp.")] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="LRP rule, as in prune. Default: attnlrp, for weights gradient,activation=identity."
+        ),
+    ] = None,
     target: Annotated[
         str, typer.Option(help="What lrp and gradient explain: logit | logit-mean | logprob.")
     ] = "logit",
@@ -143,10 +148,9 @@ def correct(
 
     console.check_apart(model, out)
     check_new(out, force)
-    rule = "attnlrp" if rule is None else rule
     methods = _methods(method, contrast, compare)
     for name, how in methods:
-        check_contrast(unit, name, how, rule, target)
+        check_contrast(unit, name, how, "attnlrp" if rule is None else rule, target)
     if count is not None and fraction is not None:
         raise InputError("--count and --fraction say the same; give one of them")
     if fraction is not None and not 0 < fraction < 1:

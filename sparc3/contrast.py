@@ -36,6 +36,9 @@ METHODS = {
     "neuron": ("lrp", "gradient", "activation", "random"),
     "head": ("lrp", "gradient", "activation", "random"),
 }
+# Where weights of a model compete, the constants that LRP's rules for norms and products put on whole rows decide
+# (docs/quality.md); a neuron or head has the same constant on all that it is.
+DEFAULT_RULES = {"weight": "gradient,activation=identity", "neuron": "attnlrp", "head": "attnlrp"}
 # Share of the weights or components that a set difference leaves alone.
 PROTECTED = 0.05
 

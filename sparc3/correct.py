@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.behaviours import Behaviour
 from sparc3.continuations import Continuation, continuations
-from sparc3.contrast import Values, check_contrast, contrasted, mean_relevance, random_scores
+from sparc3.contrast import DEFAULT_RULES, Values, check_contrast, contrasted, mean_relevance, random_scores
 from sparc3.errors import InputError
 from sparc3.evaluate import check_fits, perplexity
 from sparc3.families import prunable
@@ -176,7 +176,7 @@ class Correction:
         method: str = "lrp",
         *,
         contrast: str = "difference",
-        rule: str | Rule = "attnlrp",
+        rule: str | Rule | None = None,
         target: str = "logit",
         counts: Sequence[int] | None = None,
         budget: float | None = BUDGET,
@@ -189,7 +189,7 @@ class Correction:
         Args:
             method: sparc3.contrast.METHODS of the unit.
             contrast: difference | set-difference.
-            rule, target: of lrp; the target is gradient's too.
+            rule, target: of lrp; None: sparc3.contrast.DEFAULT_RULES. The target is gradient's too.
             counts: the sweep; None: ``POINTS`` numbers up to the unit's share of ``SHARES``, each half the next.
             budget: the largest increase of perplexity, as 0.01; None: the last of ``counts`` is chosen as it is.
             spare: leave out what costs more than its share of such an increase, measured on a few of the windows that
@@ -224,7 +224,7 @@ class Correction:
             settings |= {"contrast": contrast}
         if method in ("lrp", "gradient"):
             settings |= {"target": target}
-        settings |= {"rule": str(Rule.parse(rule))} if method == "lrp" else {}
+        settings |= {"rule": str(Rule.parse(rule or DEFAULT_RULES[self.unit]))} if method == "lrp" else {}
         settings |= {"seed": seed} if method == "random" else {}
         settings |= {} if spare is None else {"spare": spare}
         mask = self.mask(scores, chosen.count if chosen else 0)
@@ -236,11 +236,12 @@ class Correction:
         method: str,
         *,
         contrast: str = "difference",
-        rule: str | Rule = "attnlrp",
+        rule: str | Rule | None = None,
         target: str = "logit",
         seed: int = 0,
     ) -> Values:
         """Contrastive scores of all weights or components, see sparc3.contrast; the lowest are to be removed."""
+        rule = DEFAULT_RULES[self.unit] if rule is None else rule
         check_contrast(self.unit, method, contrast, rule, target)
         if method == "random":
             zeros = {name: weight.canonical(weight.weight) == 0 for name, weight in self._chosen().items()}
