@@ -13,7 +13,7 @@ FLOOR_DIR := build/transformers-$(FLOOR)
 FLOOR_TESTS := $(addprefix tests/sparc3/test_,$(addsuffix .py,families wrap engine weights scores schedules models samples quantizer))
 DEMO := build/demo
 
-.PHONY: demo test lint bench clean
+.PHONY: bench-gpu demo test lint bench clean
 
 demo: $(VENV)/demo.stamp
 	@mkdir -p build
@@ -34,6 +34,10 @@ lint: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(wildcard bench/bench_*.py) --benchmark-enable --benchmark-json=build/bench.json
 	$(BIN)/python bench/ratios.py build/bench.json
+
+# One GPU, under nine minutes. Uses the Python at hand (PYTHON=...): a CUDA build of torch is not what constraints.txt holds.
+bench-gpu:
+	PYTHONPATH=.:kernels:bench $(PYTHON) bench/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/sparc3_kernels/_native

@@ -1,0 +1,193 @@
+"""Time every fused kernel beside its peers on one GPU, each result checked before it is timed; ratios come last.
+
+    python bench/gpu.py [--only NAME] [--out FILE]      # or: make bench-gpu
+    TRITON_INTERPRET=1 python bench/gpu.py --dry        # tiny shapes without a GPU; its times mean nothing
+
+A case is ours and its peers on the same inputs, and a floor: the bytes it must move, or the flops it must do. Each
+call takes the next of several copies of its inputs, so that the L2 cache does not hold them; a time is the median of
+single calls between CUDA events, the implementations taking turns. Peers that cannot be imported or do not run are
+named with the reason. Results go to bench/results/DATE-GPU.json with versions and commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_cases import Case, cases
+from rich.console import Console
+from rich.table import Table
+from sparc3_kernels import backend
+
+_SECONDS = 500  # for everything: under nine minutes with the start
+_COLD_BYTES = 128 << 20  # copies of the inputs take at least this much, twice the largest L2
+
+
+def median_ms(calls: dict[str, Callable[[int], Any]], dry: bool, seconds: float) -> dict[str, float]:
+    """Median time of each implementation, taking turns."""
+    if dry:
+        return {name: _once(call) for name, call in calls.items()}
+    for call, index in itertools.product(calls.values(), range(3)):
+        call(index)
+    torch.cuda.synchronize()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end, index = time.monotonic() + seconds, 0
+    while time.monotonic() < end and index < 100:
+        events = {}
+        for name, call in calls.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call(index)
+            stop.record()
+            events[name] = start, stop
+        torch.cuda.synchronize()
+        for name, (start, stop) in events.items():
+            times[name].append(start.elapsed_time(stop))
+        index += 1
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _once(call: Callable[[int], Any]) -> float:
+    start = time.perf_counter()
+    call(0)
+    return (time.perf_counter() - start) * 1e3
+
+
+def measure(case: Case, device: torch.device, dry: bool, seconds: float) -> dict[str, Any]:
+    """One case: check every implementation against the first peer or the reference, then time those that agree."""
+    made = case.make(device, dry)
+    bytes_each = sum(t.nbytes for t in made.inputs if isinstance(t, torch.Tensor))
+    copies = 1 if dry else max(1, min(8, _COLD_BYTES // max(1, bytes_each) + 1))
+    sets = [made.inputs] + [
+        [t.clone() if isinstance(t, torch.Tensor) else t for t in made.inputs] for _ in range(copies - 1)
+    ]
+    expected = made.reference(*made.inputs)
+    result: dict[str, Any] = {
+        "case": case.name,
+        "bytes": made.bytes,
+        "flops": made.flops,
+        "skipped": {},
+        "errors": {},
+    }
+    calls: dict[str, Callable[[int], Any]] = {}
+    for name, run in made.implementations.items():
+        try:
+            outputs = run(*made.inputs)
+            error = max(
+                ((mine.float() - exact.float()).norm() / exact.float().norm().clamp(min=1e-30)).item()
+                for mine, exact in zip(outputs, expected, strict=True)
+            )
+        except Exception as problem:  # a peer that is not installed or refuses the case
+            if name.startswith("sparc3"):
+                raise
+            result["skipped"][name] = f"{type(problem).__name__}: {problem}"[:200]
+            continue
+        result["errors"][name] = error
+        if not error <= made.tolerance:
+            if name.startswith("sparc3"):
+                raise SystemExit(f"{case.name}: {name} is off by {error:.3g}, more than {made.tolerance}")
+            result["skipped"][name] = f"off by {error:.3g}"
+            continue
+        calls[name] = lambda index, run=run: run(*sets[index % len(sets)])
+    for name, run in made.rates.items():
+        calls[name] = lambda index, run=run: run(*sets[index % len(sets)])
+    result["ms"] = median_ms(calls, dry, seconds)
+    return result
+
+
+def ceilings(device: torch.device, dry: bool) -> dict[str, float]:
+    """Measured copy bandwidth (bytes/s) and bf16 product rate (flop/s), in the same run."""
+    size = 1 << (10 if dry else 13)
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    source = torch.empty(1 << (20 if dry else 30), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    ms = median_ms({"copy": lambda _: target.copy_(source), "product": lambda _: a @ b}, dry, 2.0)
+    return {"copy": 2 * source.nbytes / ms["copy"] * 1e3, "product": 2 * size**3 / ms["product"] * 1e3}
+
+
+def versions() -> dict[str, str]:
+    """Of what takes part, and the commit."""
+    found = {}
+    for package in ("torch", "triton", "transformers", "liger-kernel", "lxt"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found | {"commit": commit.stdout.strip() or "unknown"}
+
+
+def table(results: list[dict[str, Any]], limits: dict[str, float]) -> Table:
+    """Ratios: each peer's time over ours, and ours against the floor."""
+    shown = Table(title="peer / ours above 1: ours is faster; floor / ours: share of the measured ceiling")
+    for column in ("case", "implementation", "ms", "peer / ours", "floor / ours"):
+        shown.add_column(column, justify="left" if column in ("case", "implementation") else "right")
+    for result in results:
+        ours = min(ms for name, ms in result["ms"].items() if name.startswith("sparc3"))
+        floor = 1e3 * max(result["bytes"] / limits["copy"], result["flops"] / limits["product"])
+        for name, ms in sorted(result["ms"].items(), key=lambda item: item[1]):
+            mine = name.startswith("sparc3")
+            shown.add_row(
+                *(result["case"], name, f"{ms:.3f}", "" if mine else f"{ms / ours:.2f}"),
+                f"{floor / ms:.0%}" if mine else "",
+            )
+        for name, reason in result["skipped"].items():
+            shown.add_row(result["case"], name, "-", reason[:60], "")
+        shown.add_section()
+    return shown
+
+
+def main() -> None:
+    """Measure, write the file, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if not arguments.dry and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device; --dry runs the same code on tiny shapes without one")
+    device = torch.device("cpu" if arguments.dry else "cuda")
+    torch.manual_seed(0)
+    chosen = [case for case in cases() if arguments.only in case.name]
+    console, results = Console(width=150), []
+    with backend("triton"):
+        limits = ceilings(device, arguments.dry)
+        started = time.monotonic()
+        for number, case in enumerate(chosen):
+            left = _SECONDS - (time.monotonic() - started)
+            if left < 10:
+                console.print(f"no time left for {case.name}")
+                continue
+            # Half of a case's share: compiling and checking take the other.
+            share = min(6.0, left / (len(chosen) - number) / 2)
+            console.print(f"{number + 1}/{len(chosen)} {case.name}")
+            results.append(measure(case, device, arguments.dry, share))
+            if not arguments.dry:
+                torch.cuda.empty_cache()
+    name = "dry" if arguments.dry else torch.cuda.get_device_name().replace(" ", "-").lower()
+    day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    out = arguments.out or Path(__file__).parent / "results" / f"{day}-{name}.json"
+    if not arguments.dry or arguments.out:
+        document = {"device": name, "versions": versions(), "ceilings": limits, "cases": results}
+        beside = out.with_suffix(f".{os.getpid()}.tmp")
+        beside.write_text(json.dumps(document, indent=1) + "\n")
+        beside.replace(out)
+        console.print(f"wrote {out}")
+    console.print(table(results, limits))
+
+
+if __name__ == "__main__":
+    main()

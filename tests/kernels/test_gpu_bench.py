@@ -1,0 +1,40 @@
+"""bench/gpu.py as far as it goes without a GPU: a case of each op, checked against its reference, and the table."""
+
+import io
+
+import pytest
+import torch
+from gpu import measure, table
+from gpu_cases import cases
+from rich.console import Console
+from sparc3_kernels import backend
+from sparc3_kernels.backend import unavailable
+
+KINDS = (
+    "backward cp",
+    "window 1024",
+    "weight relevance abs 16x128 4096",
+    "RMSNorm forward",
+    "SwiGLU backward",
+    "LM head",
+)
+
+
+def test_every_case_has_a_name_of_its_own() -> None:
+    names = [case.name for case in cases()]
+    assert len(set(names)) == len(names)
+
+
+def test_cases_agree_with_their_reference_and_fill_the_table() -> None:
+    if torch.cuda.is_available() or unavailable("triton"):
+        pytest.skip("a dry run takes Triton's interpreter")
+    chosen = [next(case for case in cases() if kind in case.name) for kind in KINDS]
+    with backend("triton"):
+        results = [measure(case, torch.device("cpu"), True, 0.0) for case in chosen]
+    for result in results:
+        assert result["errors"]["sparc3"] <= 1e-5  # fp32 on the CPU
+        assert result["ms"].keys() >= {"sparc3"}
+        assert result["bytes"] or result["flops"]
+    page = io.StringIO()
+    Console(file=page, width=200).print(table(results, {"copy": 1e9, "product": 1e9}))
+    assert all(case.name in page.getvalue() for case in chosen)
