@@ -10,7 +10,7 @@ from sparc3_kernels.csr import (
     pack_csr,
     unpack_csr,
 )
-from sparc3_kernels.native import NativeError, get_cmake_dir, get_include
+from sparc3_kernels.native import NativeError, get_cmake_dir, get_include, get_library_dir
 from sparc3_kernels.nm import check_nm, nm_linear, pack_nm, unpack_nm
 from sparc3_kernels.select import (
     apply_bits_,
@@ -41,6 +41,7 @@ __all__ = [
     "csr_to_bitmap_bits",
     "get_cmake_dir",
     "get_include",
+    "get_library_dir",
     "info",
     "nm_linear",
     "pack_bitmap",

@@ -231,6 +231,11 @@ def get_include() -> str:
     return _installed("include")
 
 
+def get_library_dir() -> str:
+    """Return the folder of libsparc3, for a linker's -L and -rpath; pkgconfig/sparc3.pc lies in it."""
+    return _installed("lib")
+
+
 def get_cmake_dir() -> str:
     """Return the folder of sparc3Config.cmake, for `find_package(sparc3 CONFIG PATHS ...)`."""
     return _installed("cmake")

@@ -9,7 +9,6 @@ from torch import Tensor
 from sparc3_kernels import native
 from sparc3_kernels.backend import choose
 
-# Both zeros read as "not kept", so that a weight of -0 comes back as +0 from every format.
 # From so many vectors on a dense product of unpacked panels is no slower. Of torch's dense bf16 (2 Zen 4 cores, 50 %
 # bitmap, 4096x4096 and 11008x4096): packed 0.95-1.02 at 64 vectors, 0.95-0.97 at 128, 0.90 at 256, 0.88-0.93 at 512;
 # panels of 4096 rows 0.60-0.73, 0.77-0.82, 0.78-0.90, 0.89-0.92; smaller panels are slower.

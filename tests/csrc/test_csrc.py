@@ -44,6 +44,33 @@ def test_the_c_test_passes(build: Path) -> None:
     assert "100% tests passed" in run("ctest", "--test-dir", build / "build", "--output-on-failure")
 
 
+def test_hostile_input_under_sanitizers(tmp_path: Path) -> None:
+    """csrc/tests/packed.c: corrupt weights, null pointers, wrong sizes and overlaps, no byte out of place."""
+    for tool in ("cmake", "ninja", "c++"):
+        if not shutil.which(tool):
+            pytest.skip(f"{tool} is not installed")
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+    (tmp_path / "probe.c").write_text("int main(void) { return 0; }")
+    probe = ["cc", *flags.split(), str(tmp_path / "probe.c"), "-o", str(tmp_path / "probe")]
+    if subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("the compiler has no sanitizers")
+    build = tmp_path / "build"
+    languages = [f"-DCMAKE_{language}_FLAGS={flags}" for language in ("C", "CXX")]
+    # Optimised as little as intrinsics allow: this build is for finding errors, soon.
+    level = "-DCMAKE_BUILD_TYPE=None"
+    run("cmake", "-S", CSRC, "-B", build, "-G", "Ninja", "-DSPARC3_CUDA=0", level, *languages)
+    run("cmake", "--build", build, "--target", "packed", "abi")
+    assert "passed" in run(build / "tests" / "packed")
+    assert "passed" in run(build / "tests" / "abi")
+
+
+def test_the_page_lists_every_function() -> None:
+    header = (CSRC / "include" / "sparc3" / "sparc3.h").read_text()
+    declared = re.findall(r"^SPARC3_API .*?(sparc3_\w+)\(", header, flags=re.MULTILINE)
+    page = (CSRC.parent / "docs" / "linking.md").read_text()
+    assert sorted(re.findall(r"^\| `(sparc3_\w+)`", page, flags=re.MULTILINE)) == sorted(declared)
+
+
 def test_only_the_abi_is_exported(build: Path) -> None:
     if not shutil.which("nm"):
         pytest.skip("nm is not installed")
