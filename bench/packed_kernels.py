@@ -94,7 +94,7 @@ def main() -> None:
         "cpu": next(
             line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
         ),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "isa": native.info()["cpu"]["isa"],
         "torch": torch.__version__,
