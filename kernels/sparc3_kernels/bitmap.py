@@ -12,10 +12,10 @@ bit, everything else as +0 (so -0 becomes +0). bf16 at 50 % takes 0.5625 of the 
 bitmap_linear is y = x W^T + bias with W from these three, as `torch.nn.functional.linear` has it: pruned weights
 are zeros that multiply, so an infinite input gives NaN as it does in a dense layer.
 
-Measured on 2 cores of an AMD EPYC with AVX-512 BF16, bf16, one vector, weights beyond the cache, against the better of
-torch's two dense products in the same run (bench/results/packed-kernels-cpu.json): 2.0 to 3.3 times as fast at 50 %,
-2.3 to 4.7 at 70 %, 3.8 to 5.3 at 90 %; with AVX2 alone 1.4 to 1.7, 1.5 to 1.7 and 1.7 to 1.9. For 16 vectors 1.1 to 1.2
-at 50 %, but 0.8 on 4096x11008.
+Measured on 2 cores of an AMD EPYC with AVX-512 BF16, bf16, one vector, weights beyond the cache, against the better
+of torch's two dense products in the same run (bench/results/packed-kernels-cpu.json): 2.0 to 3.3 times as fast at
+50 %, 2.3 to 4.7 at 70 %, 3.8 to 5.3 at 90 %; with AVX2 alone 1.4 to 1.7, 1.5 to 1.7 and 1.7 to 1.9. For 16 vectors
+1.1 to 1.2 at 50 %, but 0.8 on 4096x11008.
 """
 
 import torch
