@@ -301,7 +301,7 @@ def main(
     for name in model or STUDIES[study].models:
         path = RESULTS / f"correct-{study}-{Path(name).name}.json"
         chosen = [row for row in METHODS if not method or row[0] in method]
-        run(study, chosen, name, seeds, unit or list(STUDIES[study].shares), examples, samples, judged, path)
+        run(chosen, study, name, seeds, unit or list(STUDIES[study].shares), examples, samples, judged, path)
         Console(width=140).print(path.with_suffix(".md").read_text(), markup=False)
 
 
