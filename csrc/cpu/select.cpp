@@ -67,7 +67,7 @@ int count_block(State &state, const void *scores, size_t n, int threads, uint32_
     parallel(threads, parts_for(threads), [&](int t, int p) {
         const Slice part = slice(n, 64, parts_for(threads), p);
         const void *from = at(dtype, scores, part.begin);
-        uint32_t *mine = bins + kBins * static_cast<size_t>(t - 1);
+        uint32_t *mine = t ? bins + kBins * static_cast<size_t>(t - 1) : nullptr;
         Tally tally{};  // the rank within the bin is known: only the bins matter
         const bool clean =
             upper ? (t ? isa.count_upper32(dtype, from, part.size, mine)
