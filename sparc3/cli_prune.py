@@ -54,7 +54,9 @@ def prune(
     repair: Annotated[
         bool,
         typer.Option(
-            "--repair", help="Change the kept weights so that the outputs of --text stay what they were."
+            "--repair",
+            help="Change the kept weights so that the outputs of --text stay what they were. It can make a model worse "
+            "(docs/limitations.md): measure with --eval-text.",
         ),
     ] = False,
     target: Annotated[

@@ -21,12 +21,14 @@ class Inputs:
 
     Attributes:
         squares: [..., in], sum of x_i^2.
+        tokens: [...], how many were summed.
         gram: [..., in, in], sum of x x^T, where asked for; weights with the same input share the tensor.
         cross: [in, in], sum of d x^T with d the same token's input in the dense model, where that was run beside.
             None otherwise, and for experts, to which the two models route different tokens.
     """
 
     squares: torch.Tensor
+    tokens: torch.Tensor
     gram: torch.Tensor | None = None
     cross: torch.Tensor | None = None
 
@@ -109,7 +111,7 @@ class _Watcher:
             row = weight.canonical(weight.weight)[..., 0, :]
             squares = torch.zeros_like(row, dtype=torch.float32)
             grams = squares.new_zeros((*row.shape, row.shape[-1])) if self.gram else None
-            self.sums[name] = Inputs(squares, grams)
+            self.sums[name] = Inputs(squares, squares.new_zeros(squares.shape[:-1]), grams)
         return self.sums[name]
 
     def _linear_hook(self, name: str) -> Callable:
@@ -124,6 +126,7 @@ class _Watcher:
                 return
             sums = self._sums_of(name)
             sums.squares.add_(x.square().sum(0))
+            sums.tokens += len(x)
             if sums.gram is not None:
                 sums.gram.addmm_(x.T, x)
             if name in self.dense:
@@ -154,5 +157,6 @@ class _Watcher:
     def _add_expert(self, name: str, expert: int, x: torch.Tensor) -> None:
         sums, x = self._sums_of(name), x.float()
         sums.squares[expert] += x.square().sum(0)
+        sums.tokens[expert] += len(x)
         if sums.gram is not None:
             sums.gram[expert].addmm_(x.T, x)

@@ -8,7 +8,8 @@ for each error. Blocks of 128 columns are picked at once, N:M groups one by one.
 
 Least squares takes any mask and finds, for each row, the kept values v that minimise |W d - v x|^2 + lambda |v - w|^2
 over the reference tokens: (H + lambda)_KK v_K = (W C + lambda W)_K, where d is the token's input in the dense model,
-C = sum d x^T, and K the kept columns. lambda pulls towards the old values, as few tokens say little of many columns.
+C = sum d x^T, and K the kept columns. lambda pulls towards the old values, as few tokens say little of many columns:
+it is the mean |x|^2 of a token, so that it counts less the more tokens there are.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from sparc3.select import parse_pattern, pruned_count
 
 _COLUMNS = 128
 DAMPING = 0.01
-# Conjugate gradients stop at this residual, relative to the right-hand side in the preconditioner's norm, which is
-# far below what the damping changes, or after so many steps.
-_TOLERANCE, _STEPS, _TINY = 1e-4, 100, 1e-30
+# Conjugate gradients stop at this residual, relative to the right-hand side in the preconditioner's norm (below it
+# outputs on other text come no closer), or after so many steps.
+TOLERANCE = 1e-2
+_STEPS, _TINY = 200, 1e-30
 
 
 def sparsegpt(
@@ -97,7 +99,11 @@ def _lowest(saliency: torch.Tensor, sparsity: float, pattern: str, start: int, w
 
 
 def least_squares(
-    weight: torch.Tensor, kept: torch.Tensor, inputs: Inputs, damping: float = DAMPING
+    weight: torch.Tensor,
+    kept: torch.Tensor,
+    inputs: Inputs,
+    damping: float = 1.0,
+    tolerance: float = TOLERANCE,
 ) -> torch.Tensor:
     """The kept values of one weight that come closest to the dense outputs; see the module.
 
@@ -108,7 +114,8 @@ def least_squares(
         weight: [..., out, in] dense, not changed.
         kept: [..., out, in] bool.
         inputs: with gram, and with cross where the dense model was run beside.
-        damping: lambda over the mean of H's diagonal.
+        damping: lambda over the mean |x|^2 of a token.
+        tolerance: of the residual, relative to the right-hand side.
 
     Returns:
         [..., out, in] fp32, zero where not kept. Columns without input keep their values.
@@ -116,16 +123,16 @@ def least_squares(
     assert inputs.gram is not None
     old, gram = weight.float(), inputs.gram
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1, keepdim=True)
+    token = (diagonal.sum(-1) / inputs.tokens.clamp_min(1))[..., None, None]
     # Of an expert that saw no token nothing is known: any lambda keeps its weights.
-    ridge = torch.where(mean > 0, damping * mean, 1.0).unsqueeze(-2)
+    ridge = torch.where(token > 0, damping * token, 1.0)
     scale = diagonal.unsqueeze(-2) + ridge
     values = old * kept
     wanted = old @ (gram if inputs.cross is None else inputs.cross) + ridge * old
     residual = (wanted - values @ gram - ridge * values) * kept
     step = residual / scale
     size = (residual * step).sum(-1, keepdim=True)
-    enough = _TOLERANCE**2 * (wanted.square() / scale * kept).sum(-1, keepdim=True)
+    enough = tolerance**2 * (wanted.square() / scale * kept).sum(-1, keepdim=True)
     for _ in range(_STEPS):
         if (size <= enough).all():
             break

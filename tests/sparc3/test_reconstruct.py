@@ -30,6 +30,12 @@ def gram_of(x):
     return x.T @ x
 
 
+def inputs_of(x, dense=None):
+    return Inputs(
+        x.square().sum(0), torch.tensor(float(len(x))), gram_of(x), None if dense is None else dense.T @ x
+    )
+
+
 def damped(gram, damping=DAMPING):
     h = gram.numpy().astype(np.float64)
     dead = np.diag(h) == 0
@@ -128,7 +134,7 @@ def naive_least_squares(weight, kept, x, dense, damping):
     """Each row by itself, from the tokens: rows of x and dense, and one row sqrt(lambda) for each kept weight."""
     w, x, dense = (tensor.numpy().astype(np.float64) for tensor in (weight, x, dense))
     values = np.zeros_like(w)
-    ridge = damping * (x**2).sum(0).mean() or 1.0
+    ridge = damping * (x**2).sum(1).mean() or 1.0
     for row in range(len(w)):
         k = kept[row].numpy()
         system = np.vstack([x[:, k], math.sqrt(ridge) * np.eye(k.sum())])
@@ -146,13 +152,13 @@ def test_least_squares(rows, columns, tokens, apart):
     dense = x + 0.3 * noise if apart else x
     kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(3)) < 0.6
     kept[0] = False  # a row that is gone
-    inputs = Inputs(x.square().sum(0), gram_of(x), dense.T @ x if apart else None)
+    inputs = inputs_of(x, dense if apart else None)
     before = weight.clone()
-    values = least_squares(weight, kept, inputs)
+    values = least_squares(weight, kept, inputs, tolerance=1e-5)
     assert torch.equal(weight, before)
     assert not values[~kept].any()
-    expected = naive_least_squares(weight, kept, x, dense, DAMPING)
-    # a residual of 1e-4 in the preconditioner's norm, whose condition the damping holds below about 1e3
+    expected = naive_least_squares(weight, kept, x, dense, 1.0)
+    # a residual of 1e-5 in the preconditioner's norm, whose condition the damping holds below the number of tokens
     np.testing.assert_allclose(values.numpy(), expected, rtol=0, atol=2e-3 * max(1, np.abs(expected).max()))
     if columns > 3 and not apart:
         alive = kept[:, 3]
@@ -164,8 +170,9 @@ def test_least_squares_of_experts_is_that_of_each():
     grams = torch.stack([gram_of(inputs[0]), torch.zeros(12, 12)])
     kept = torch.rand(2, 4, 12, generator=torch.Generator().manual_seed(0)) < 0.5
     squares = grams.diagonal(dim1=1, dim2=2)
-    both = least_squares(torch.stack(weights), kept, Inputs(squares, grams))
-    alone = least_squares(weights[0], kept[0], Inputs(squares[0], grams[0]))
+    tokens = torch.tensor([len(inputs[0]), 0.0])
+    both = least_squares(torch.stack(weights), kept, Inputs(squares, tokens, grams), tolerance=1e-5)
+    alone = least_squares(weights[0], kept[0], inputs_of(inputs[0]), tolerance=1e-5)
     # batched products round otherwise
     torch.testing.assert_close(both[0], alone, rtol=1e-4, atol=1e-5)
     assert torch.equal(both[1], weights[1] * kept[1])
@@ -174,7 +181,7 @@ def test_least_squares_of_experts_is_that_of_each():
 def test_what_least_squares_finds_is_closer_than_the_mask_alone_and_than_sparsegpt():
     weight, x = problem(16, 64)
     kept, updated = sparsegpt(weight, gram_of(x), 0.5, "row", damping=1e-4)
-    best = least_squares(weight, kept, Inputs(x.square().sum(0), gram_of(x)), damping=1e-4)
+    best = least_squares(weight, kept, inputs_of(x), damping=1e-3, tolerance=1e-4)
 
     def error(values):
         return (x @ (values - weight).T).square().sum().item()
