@@ -13,20 +13,20 @@ import json
 import subprocess
 import sys
 import threading
-from pathlib import Path
+import time
 
 import psutil
 import torch
+from attribution_cases import IMPLEMENTATIONS as RUNS
+from attribution_cases import load_benchmark_model, ours
+
+from sparc3.report import versions
 
 IMPLEMENTATIONS = ("sparc3", "sparc3-recompute", "plain-backward", "plain-backward-chunked-logits")
 
 
 def measure(model_name: str, tokens: int, implementation: str) -> int:
     """Bytes beyond what was resident before the attribution."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from attribution_cases import IMPLEMENTATIONS as runs
-    from attribution_cases import load_benchmark_model, ours
-
     model = load_benchmark_model(model_name).model
     # Touch every page of memory-mapped weights, so that reading them does not count.
     checksum = sum(float(parameter.detach().sum()) for parameter in model.parameters())
@@ -36,7 +36,7 @@ def measure(model_name: str, tokens: int, implementation: str) -> int:
     if implementation == "sparc3-recompute":
         run = ours(model, ids, memory=0)
     else:
-        run = runs[implementation](model, ids)
+        run = RUNS[implementation](model, ids)
     peak, done = before, threading.Event()
 
     def watch() -> None:
@@ -63,7 +63,17 @@ def main() -> None:
         peaks[implementation] = int(
             subprocess.run(command, check=True, capture_output=True, text=True).stdout
         )
-    print(json.dumps({"model": model_name, "tokens": int(tokens), "peak_bytes": peaks}, indent=1))
+    chunked = peaks["plain-backward-chunked-logits"]
+    found = {
+        "model": model_name,
+        "note": load_benchmark_model(model_name).note,
+        "tokens": int(tokens),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions(),
+        "peak_bytes": peaks,
+        "of_plain_backward_chunked_logits": {name: peak / chunked for name, peak in peaks.items()},
+    }
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -142,8 +142,11 @@ def short(settings: Any) -> str:
 
 
 def documents_of(text: list[str], model: str) -> list[str]:
-    """The documents of the sources; InputError where none is given."""
+    """The documents of the sources; InputError where none is given, or the model that lacks them is nowhere."""
+    from sparc3.models import check_there
+
     if not text:
+        check_there(model)
         raise InputError(
             f"{model} is not a bundled model, so it has no text of its own: give --text FILE, c4, wikitext2, hf:NAME "
             "or bundled"

@@ -302,6 +302,12 @@ def usable_device(device: str) -> torch.device:
         raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
+def check_there(name: str) -> None:
+    """InputError unless a bundled model, a file, a folder or the hub has this name; nothing is read."""
+    if name not in BUNDLED and not Path(name).expanduser().exists():
+        _resolve(name)
+
+
 def _check_hub(name: str) -> None:
     """InputError unless the hub, or its copy on this machine, has a model of this name."""
     missing = f"{name}: no such folder here"

@@ -126,6 +126,10 @@ def test_text_shorter_than_a_window_to_score_with(room, base):
 def test_a_model_that_is_not_bundled_needs_text(room, base):
     refuse(room, "is not a bundled model", "prune", base, "--out", "out")
     refuse(room, "is not a bundled model", "evaluate", base)
+    # A folder that is not there is the first thing to mend; not even a hub id looks like this one.
+    refuse(room, "no/such/folder: no such folder here", "prune", "no/such/folder", "--out", "out")
+    refuse(room, "no/such/folder: no such folder here", "evaluate", "no/such/folder")
+    refuse(room, "missing.gguf: no such GGUF file", "evaluate", "missing.gguf")
 
 
 def broken_missing(room):
