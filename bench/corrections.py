@@ -148,6 +148,7 @@ def run(
     examples: int,
     samples: int,
     judged: int,
+    spare: float | None,
     path: Path,
 ) -> None:
     """Measure what the file does not hold yet."""
@@ -155,7 +156,10 @@ def run(
     data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     data |= {"study": name, "model": model, "versions": versions(), "examples": examples, "samples": samples}
     data |= {"judged_windows": judged, "tokens": study.tokens}
-    done = {(row["unit"], row["seed"], row["method"], row["contrast"], row["rule"]) for row in data["rows"]}
+    done = {
+        (row["unit"], row["seed"], row["method"], row["contrast"], row["rule"], row["spare"])
+        for row in data["rows"]
+    }
     loaded = load_benchmark_model(model)
     data["note"] = loaded.note
     for seed in range(seeds):
@@ -165,7 +169,7 @@ def run(
                 for method, contrast, rule in methods
                 if method in CHOSEN[unit]
                 and not (contrast == "difference" and rule == DEFAULT_RULES[unit])
-                and (unit, seed, method, contrast, _rule(unit, method, rule)) not in done
+                and (unit, seed, method, contrast, _rule(unit, method, rule), spare) not in done
             ]
             if not missing:
                 continue
@@ -192,6 +196,7 @@ def run(
                     contrast=contrast or "difference",
                     rule=rule,
                     counts=counts,
+                    spare=spare,
                     seed=seed,
                     tell=console.print,
                 )
@@ -207,6 +212,7 @@ def run(
                         "method": method,
                         "contrast": contrast,
                         "rule": _rule(unit, method, rule),
+                        "spare": spare,
                         "total": correction.total,
                         "run": correction.run,
                         "explained": len(correction.ranking),
@@ -237,7 +243,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def _label(row: dict[str, Any]) -> str:
     rule = f" ({row['rule']})" if row["rule"] else ""
-    return row["method"] + rule + (", set difference" if row["contrast"] == "set-difference" else "")
+    contrast = ", set difference" if row["contrast"] == "set-difference" else ""
+    return row["method"] + rule + contrast + (", spared" if row["spare"] else "")
 
 
 def markdown(data: dict[str, Any]) -> str:
@@ -254,8 +261,10 @@ def markdown(data: dict[str, Any]) -> str:
     ]
     for unit, label in dict.fromkeys((row["unit"], _label(row)) for row in rows):
         same = [row for row in rows if (row["unit"], _label(row)) == (unit, label)]
-        sweeps = [[row["before"], *row["sweep"]] for row in same]
-        for points in zip(*sweeps, strict=True):
+        everything = [point for row in same for point in (row["before"], *row["sweep"])]
+        # With sparing the sweep of a seed ends where no more can be afforded.
+        for count in sorted({point["count"] for point in everything}):
+            points = [point for point in everything if point["count"] == count]
             shown = interval([point["shown"] for point in points])
             cells = [
                 f"{points[0]['count']} ({points[0]['fraction']:.3%})",
@@ -296,12 +305,17 @@ def main(
     examples: int = 64,
     samples: int = 64,
     judged: int = 48,
+    spare: Annotated[
+        bool,
+        typer.Option(help="Leave out what costs more than its share of the budget, as the command does."),
+    ] = True,
 ) -> None:
     """Run a study, or go on with it."""
     for name in model or STUDIES[study].models:
         path = RESULTS / f"correct-{study}-{Path(name).name}.json"
         chosen = [row for row in METHODS if not method or row[0] in method]
-        run(chosen, study, name, seeds, unit or list(STUDIES[study].shares), examples, samples, judged, path)
+        units = unit or list(STUDIES[study].shares)
+        run(chosen, study, name, seeds, units, examples, samples, judged, BUDGET if spare else None, path)
         Console(width=140).print(path.with_suffix(".md").read_text(), markup=False)
 
 
