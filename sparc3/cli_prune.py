@@ -161,7 +161,7 @@ def prune(
     asked = [sparsity, *(_number(word) for word in _split(sparsities))]
     shares = list(dict.fromkeys(requested_sparsity(share, pattern) for share in asked))
     text = text or ([console.BUNDLED_TEXT] if model in BUNDLED else [])
-    if max_memory or max_host_memory or offload_dir or resume or dry_run or console.is_one_of_many():
+    if max_memory or max_host_memory or offload_dir or resume or dry_run or console.processes() > 1:
         if repair or allocate != "uniform" or "gblm" in methods:
             raise InputError(
                 "--repair, --allocate and gblm need the model in memory; leave out the options that read it block by "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,14 @@ from rich.table import Table
 import sparc3
 from sparc3 import console
 from sparc3.checkpoint import Checkpoint
-from sparc3.compress import check_model
+from sparc3.compress import SEQUENTIAL, check_model
 from sparc3.engine import free_memory
 from sparc3.errors import InputError
 from sparc3.evaluate import check_fits
 from sparc3.families import prunable
 from sparc3.models import DTYPES, load_tokenizer, local_folder, usable_device
 from sparc3.plan import Budget, Plan, estimate_seconds, parse_size, plan, shape_of, size
+from sparc3.ranks import started
 from sparc3.stream import Job, identity_of
 from sparc3.stream import prune_by_block as run_by_block
 from sparc3.unfinished import Unfinished
@@ -80,7 +82,11 @@ def prune_by_block(
             windows = sparc3.windows(tokenizer, console.documents_of(text, name), length, samples, seed)
             check_fits(model, windows)
         count, tokens = (0, 0) if windows is None else windows.shape
-        shape = shape_of(model, weights, count, tokens, checkpoint)
+        # Each of many processes holds its own share of the samples.
+        shape = shape_of(model, weights, -(-count // console.processes()), tokens, checkpoint)
+    if device == "cuda" and console.processes() > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    where = torch.device("cpu") if dry_run else usable_device(device)
     budget = _budget(device, max_memory, max_host_memory, offload_dir or out.parent, dry_run)
     way = plan(shape, method, pattern, budget, model.config.vocab_size)
     if dry_run:
@@ -91,10 +97,6 @@ def prune_by_block(
             return console.show_json({"plan": way.as_json(), "seconds": seconds})
         return console.show(*_described(way, seconds, budget))
     assert checkpoint is not None  # without weights there are dry runs only
-    where = usable_device(device)
-    if not as_json:
-        seconds = estimate_seconds(way, where, model.dtype, checkpoint)
-        console.show(*_described(way, seconds, budget))
     described = {
         "model": name,
         "origin": name if note else str(folder),
@@ -109,14 +111,24 @@ def prune_by_block(
     job = Job(
         method, sparsity, pattern, [] if windows is None else windows, include, exclude, settings, described
     )
-    with console.progress(f"pruning {name}") as update:
+    origin = {"model": {"name": name, "origin": described["origin"], "note": note}}
+    with started(where) as ranks, console.progress(f"pruning {name}") as update:
+        if ranks.size > 1 and method in SEQUENTIAL:
+            raise InputError(f"{method} runs in one process; start it without torchrun")
+        if ranks.writes and not as_json:
+            console.show(*_described(way, estimate_seconds(way, where, model.dtype, checkpoint), budget))
         update(total=way.visits)
         source = Streamed(model, checkpoint, where, way.prefetch, visited=lambda: update(advance=1))
-        run = Unfinished(out, identity_of(job, model, checkpoint, where), resume, force, offload_dir)
-        if run.complete:
-            return console.show(f"{out} is complete already.")
-        origin = {"model": {"name": name, "origin": described["origin"], "note": note}}
-        report = run_by_block(job, source, run, way, tokenizer, origin)
+        identity = identity_of(job, model, checkpoint, where, ranks.size)
+        # One process writes; the others begin when it has made the folders.
+        run = Unfinished(out, identity, resume, force, offload_dir) if ranks.writes else None
+        complete = ranks.told(run.complete if run is not None else None)
+        if run is None:
+            run = Unfinished(out, identity, scratch=offload_dir, writer=False)
+        report = None if complete else run_by_block(job, source, run, way, tokenizer, origin, ranks)
+        ranks.told(None)  # the others end when all is written, since torchrun counts them
+    if report is None:
+        return console.show(f"{out} is complete already.") if complete and ranks.writes else None
     if as_json:
         return console.show_json({"out": str(out), **report})
     streamed = report["streamed"]

@@ -131,9 +131,9 @@ def check_new_file(path: Path, force: bool) -> None:
         raise InputError(f"the folder {path.parent} does not exist; make it first")
 
 
-def is_one_of_many() -> bool:
-    """Whether torchrun started this process beside others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def short(settings: Any) -> str:

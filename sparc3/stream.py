@@ -28,6 +28,7 @@ from sparc3.inputs import Inputs
 from sparc3.mask import fingerprint, mask_metadata
 from sparc3.models import NOTE_FILE
 from sparc3.plan import Plan
+from sparc3.ranks import Ranks
 from sparc3.report import as_json, versions
 from sparc3.samples import Batch
 from sparc3.schedules import activation_score, sweep
@@ -74,7 +75,7 @@ class Job:
 
 
 def identity_of(
-    job: Job, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device
+    job: Job, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device, processes: int = 1
 ) -> dict[str, Any]:
     """What a run depends on, plain JSON values: its bytes are the same where these are."""
     described = {
@@ -98,7 +99,8 @@ def identity_of(
             **described,
         },
         "machine": {
-            "device": str(device),
+            "device": device.type,
+            "processes": processes,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "sparc3": versions()["packages"]["sparc3"],
@@ -139,7 +141,8 @@ def prune_by_block(
     plan: Plan,
     tokenizer: PreTrainedTokenizerBase | None = None,
     report: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+) -> dict[str, Any] | None:
     """Prune a model and write it with its mask and report; what ``run`` has finished before is left as it is.
 
     Args:
@@ -147,19 +150,23 @@ def prune_by_block(
         run: where the output is written.
         plan: the way to go.
         report: what else report.json tells.
+        ranks: this process among those that share the samples; each calls this with the same arguments.
 
     Returns:
-        the report.
+        the report; None in a process that does not write.
 
     Raises:
         InputError: as sparc3.prune; the checkpoint is damaged; or the disk is full.
     """
     start = time.perf_counter()
     output = _Output(job, source, run)
-    if not output.is_scored():
-        if job.method in ("lrp", "gradient"):
-            _attribute(job, source, output, plan)
-        elif job.method in SEQUENTIAL:
+    scored = ranks.told(output.is_scored())
+    if not scored and job.method in ("lrp", "gradient"):
+        _attribute(job, source, output, plan, ranks)
+    if not ranks.writes:
+        return None
+    if not scored and job.method not in ("lrp", "gradient"):
+        if job.method in SEQUENTIAL:
             _in_sweep(job, source, output)
         else:
             _without_samples(job, source, output)
@@ -194,25 +201,25 @@ def _rule(job: Job) -> Any:
     return check_settings(job.method, **{name: chosen[name] for name in known if name in chosen})
 
 
-def _boundaries(source: Streamed, run: Unfinished, plan: Plan) -> Boundaries:
+def _boundaries(run: Unfinished, plan: Plan, ranks: Ranks) -> Boundaries:
     if not plan.on_disk:
         return InMemory(torch.device("cpu"))
-    folder = run.scratch / "boundaries"
+    folder = run.scratch / f"boundaries-{ranks.rank}"
     folder.mkdir(exist_ok=True)
     for left in folder.iterdir():
         left.unlink()
     return OnDisk(folder)
 
 
-def _attribute(job: Job, source: Streamed, output: _Output, plan: Plan) -> None:
+def _attribute(job: Job, source: Streamed, output: _Output, plan: Plan, ranks: Ranks) -> None:
     """Score by LRP or the gradient, from the last block down to the first."""
     chosen = {**default_settings(job.pattern), **job.settings}
-    batches = batches_on(source.device, job.samples)
+    batches = list(ranks.share(batches_on(source.device, job.samples)))
     sink = Accumulators(output.weights, chosen.get("reduce", "abs"), chosen.get("skip_first", False), held=())
-    boundaries = _boundaries(source, output.run, plan)
-    depth = output.first_done()
+    boundaries = _boundaries(output.run, plan, ranks)
+    depth = ranks.told(output.first_done())
     if depth is not None:
-        for number, gradient in enumerate(output.load_state(depth)):
+        for number, gradient in enumerate(output.load_state(depth, ranks.rank)):
             boundaries.put((GRADIENT, number), gradient.to(source.device))
     target: str | TargetFunction = chosen.get("target", "logprob")
     with wrap(source.model, _rule(job), output.weights, sink):
@@ -224,7 +231,7 @@ def _attribute(job: Job, source: Streamed, output: _Output, plan: Plan) -> None:
             boundaries=boundaries,
             spacing=plan.spacing,
             memory=0,
-            visitor=_Backward(batches, sink, boundaries, output),
+            visitor=_Backward(batches, sink, boundaries, output, ranks),
             resume=None if depth is None else Resume(depth),
         )
 
@@ -233,9 +240,10 @@ class _Backward:
     """Scores each block, and writes it, when all batches went back through it (a sparc3.engine.Visitor)."""
 
     def __init__(
-        self, batches: list[Batch], sink: Accumulators, boundaries: Boundaries, output: _Output
+        self, batches: list[Batch], sink: Accumulators, boundaries: Boundaries, output: _Output, ranks: Ranks
     ) -> None:
-        self.batches, self.sink, self.boundaries, self.output = batches, sink, boundaries, output
+        self.batches, self.sink, self.boundaries = batches, sink, boundaries
+        self.output, self.ranks = output, ranks
 
     def batch(self, number: int) -> None:
         self.sink.start(self.batches[number])
@@ -245,11 +253,18 @@ class _Backward:
 
     def enter(self, index: int) -> None:
         self.sink.hold(self.output.names[index])
+        self.ranks.receive(self.sink.sums.values())
 
     def done(self, index: int) -> None:
-        scores = self.sink.take()
-        self.output.save_state(index, [self.boundaries.get((GRADIENT, n)) for n in range(len(self.batches))])
-        self.output.scored(index, scores)
+        # Before the sums go on: what the last process calls done, every one can resume from.
+        gradients = [self.boundaries.get((GRADIENT, number)) for number in range(len(self.batches))]
+        self.output.save_state(index, gradients, self.ranks.rank)
+        self.ranks.send(self.sink.sums.values())
+        if self.ranks.writes:
+            self.output.scored(index, self.sink.take())
+        else:
+            self.sink.sums = {}
+        self.output.forget_states(self.ranks.rank)
 
 
 def _in_sweep(job: Job, source: Streamed, output: _Output) -> None:
@@ -275,6 +290,7 @@ def _in_sweep(job: Job, source: Streamed, output: _Output) -> None:
             output.scored(index, scores)
         else:
             output.write(index, bits, values)
+        output.forget_states()
         for parts in (scores, bits, values):
             parts.clear()
 
@@ -352,19 +368,22 @@ class _Output:
             done = index
         return done
 
-    def save_state(self, index: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Keep what the next block needs, in place of what this one needed."""
+    def save_state(self, index: int, tensors: Sequence[torch.Tensor], rank: int = 0) -> None:
+        """Keep what comes out of a block, for the next one."""
         named = {str(number): tensor.cpu() for number, tensor in enumerate(tensors)}
-        self.run.save(self._file("state", index), named)
+        self.run.save(self._file(f"state-{rank}", index), named)
 
-    def load_state(self, index: int) -> list[torch.Tensor]:
-        stored, _ = read_header(self._file("state", index))
+    def load_state(self, index: int, rank: int = 0) -> list[torch.Tensor]:
+        stored, _ = read_header(self._file(f"state-{rank}", index))
         return [stored[str(number)].read() for number in range(len(stored))]
 
-    def _forget_states(self, index: int) -> None:
-        for file in self.run.scratch.glob("state-*.safetensors"):
-            if file != self._file("state", index):
-                file.unlink()
+    def forget_states(self, rank: int = 0) -> None:
+        """Remove what blocks left that were done before the one that is done last."""
+        done = [index for index in range(self.depth + 1) if self.is_done(index)]
+        last = (max if self.job.method in SEQUENTIAL else min)(done, default=None)
+        for index in done:
+            if index != last:
+                self._file(f"state-{rank}", index).unlink(missing_ok=True)
 
     # One block ----------------------------------------------------------------------------------------------------
 
@@ -374,7 +393,6 @@ class _Output:
         if self.is_global:
             keys = {name: ranked(scores.pop(name).cpu(), "magnitude") for name in list(scores)}
             self.run.save(self._file("scores", index), keys)
-            self._forget_states(index)
             return
         bits = {}
         for name in self.names[index]:
@@ -404,7 +422,6 @@ class _Output:
         )
         note = {"tensors": identity["tensors"], "kept": kept}
         self.run.save(self._file("mask", index), bits, note)
-        self._forget_states(index)
 
     def _group(self, index: int) -> int:
         return OUTSIDE if index == self.depth else index
