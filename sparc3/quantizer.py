@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from sparc3_kernels.native import HUGE_PAGE, huge_empty
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -86,6 +87,13 @@ class Sparc3Quantizer(HfQuantizer):
             sparse = FORMATS[packing.format](packing, old.bias is not None, name, weight.dtype, "meta")
             model.set_submodule(path, sparse)
 
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        from sparc3.runtime import SparseLinear
+
+        for module in model.modules():
+            if isinstance(module, SparseLinear):
+                move_to_huge_pages(module)
+
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Every packed linear becomes an nn.Linear again (also what was a Conv1D)."""
         from sparc3.runtime import SparseLinear
@@ -108,6 +116,16 @@ class Sparc3Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def move_to_huge_pages(module: nn.Module) -> None:
+    """Copy the module's own large CPU tensors to memory in 2 MB pages, where the system grants them.
+
+    Tensors as loaded may lie in the mapped file, with pages of 4 kB, and decoding reads all of them for each token.
+    """
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor.device.type == "cpu" and tensor.nbytes >= HUGE_PAGE:
+            tensor.data = huge_empty(tensor.shape, tensor.dtype).copy_(tensor.data)
 
 
 def check_files(files: Iterable[str | Path], packings: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ _NATIVE = Path(__file__).resolve().parent / "_native"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 REDUCTIONS = {"abs": 0, "square": 1}
 OK, NAN, CHANGED, FORMAT, PATTERN = 0, 3, 5, 8, 9
+HUGE_PAGE = 1 << 21  # bytes
 ISAS = ("portable", "avx2", "avx512", "avx512vbmi2", "avx512bf16")
 
 
@@ -196,7 +197,7 @@ def workspace(size: int) -> torch.Tensor:
 def huge_empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Return an uninitialised CPU tensor in 2 MB pages where the system grants them: faster to stream from."""
     tensor = torch.empty(shape, dtype=dtype)
-    if missing() is None and (size := tensor.nbytes) >= 1 << 21:
+    if missing() is None and (size := tensor.nbytes) >= HUGE_PAGE:
         library().sparc3_advise_huge_pages(tensor.data_ptr(), size)
     return tensor
 

@@ -4,11 +4,13 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from packed import FORMATS, changed, packed
 from safetensors.torch import load_file, save_file
+from sparc3_kernels import native
 from tiny import CONFIGS, attentions, batch
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -111,6 +113,43 @@ def test_torch_compile_takes_the_whole_model(tmp_path, format):
     expected = logits(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert torch.equal(logits(compiled), expected)
+
+
+def mapping(address):
+    """(file, flags) of the memory mapping of this process that holds an address."""
+    file, inside = "", False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside, file = begin <= address < end, rest[4] if len(rest) > 4 else ""
+        elif inside and first == "VmFlags:":
+            return file, rest
+    raise LookupError(hex(address))
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists() or native.missing() is not None,
+    reason="the kernel has no transparent huge pages, or the CPU library was not built",
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_large_packed_weights_lie_in_huge_pages(tmp_path, format):
+    # 1024 x 3072 fp32 at half are 6 MB of values: more than the 2 MB below which a huge page has no room.
+    pruned = packed(
+        tmp_path / "out", format=format, hidden_size=1024, intermediate_size=3072, num_hidden_layers=1
+    )
+    model = load(tmp_path / "out", attn_implementation="eager")
+    moved = 0
+    for path, module in sparse(model).items():
+        for name, tensor in module.stored().items():
+            if tensor.nbytes >= native.HUGE_PAGE:
+                file, flags = mapping(tensor.data_ptr() + tensor.nbytes // 2)
+                assert "hg" in flags, (path, name)
+                assert not file.endswith(".safetensors"), (path, name)
+                moved += 1
+        assert torch.equal(module.dense(), pruned.get_submodule(path).weight), path
+    # gate, up and down at least.
+    assert moved >= 3
 
 
 def test_to_and_state_dict_and_copy(tmp_path):
