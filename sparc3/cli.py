@@ -119,7 +119,10 @@ def info(as_json: AsJson = False) -> None:
     for name, version in {"python": found["python"], **found["packages"]}.items():
         table.add_row(name, version or "not installed")
     table.add_row("processor", f"{machine['processor']}, {machine['cores']} cores, {machine['system']}")
-    table.add_row("instruction sets", ", ".join(kernels["native"].get("cpu", {}).get("features", [])) or "-")
+    native = kernels["native"]["cpu"]
+    # A string says why the library cannot be used.
+    features = [] if isinstance(native, str) else native["features"]
+    table.add_row("instruction sets", ", ".join(features) or "-")
     table.add_row("GPUs", ", ".join(kernels["cuda_devices"]) or "none that torch sees")
     for name, state in kernels["backends"].items():
         table.add_row(f"backend {name}", state)

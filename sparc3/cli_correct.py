@@ -189,7 +189,7 @@ def correct(
             progress=lambda done: update(advance=done),
         )
         last = count or (max(1, round(fraction * correction.total)) if fraction else None)
-        update(description="scoring", total=len(methods) * (1 + points), completed=0)
+        update(description="scoring", total=len(methods) * (1 + spare + points), completed=0)
         found = [
             correction.find(
                 name,

@@ -37,7 +37,7 @@ def export(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a pruned model, dense or with its pruned weights packed (docs/sparse.md, docs/formats.md)."""
+    """Write a pruned model, dense or with its pruned weights packed (docs/formats.md)."""
     import torch
 
     from sparc3.export import check_new, save_pretrained

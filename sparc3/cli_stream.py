@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -127,8 +128,11 @@ def prune_by_block(
             run = Unfinished(out, identity, scratch=offload_dir, writer=False)
         report = None if complete else run_by_block(job, source, run, way, tokenizer, origin, ranks)
         ranks.told(None)  # the others end when all is written, since torchrun counts them
-    if report is None:
-        return console.show(f"{out} is complete already.") if complete and ranks.writes else None
+    if report is None and not (complete and ranks.writes):
+        return None
+    if report is None and not as_json:
+        return console.show(f"{out} is complete already.")
+    report = report or json.loads((out / "report.json").read_text(encoding="utf-8"))
     if as_json:
         return console.show_json({"out": str(out), **report})
     streamed = report["streamed"]

@@ -215,6 +215,7 @@ def test_info_says_why_it_runs_on_the_reference(monkeypatch):
     # By its path, since the package's own name "backend" is the function.
     backend = sys.modules["sparc3_kernels.backend"]
     monkeypatch.setattr(backend, "unavailable", lambda name: None if name == "reference" else why)
+    monkeypatch.setattr(sys.modules["sparc3_kernels.native"], "_load", lambda name: why)
     last = succeed("info").splitlines()[-1]
     assert last.startswith("Everything runs on the reference backend (plain torch, slower). Why: ")
     assert f"cpu: {why}" in last
