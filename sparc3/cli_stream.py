@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -28,9 +28,6 @@ from sparc3.stream import Job, identity_of
 from sparc3.stream import prune_by_block as run_by_block
 from sparc3.unfinished import Unfinished
 from sparc3.weights import Streamed, empty_model
-
-if TYPE_CHECKING:
-    pass
 
 # On a device that is not here, as in a dry run for another machine.
 _EVERYTHING = 1 << 62

@@ -126,7 +126,7 @@ class Streamed:
         with ThreadPoolExecutor(1) as reader:
             try:
                 for position, index in enumerate(indices):
-                    self._wait(ahead.pop(index).result() if index in ahead else self._read(index))
+                    self._wait(index, ahead.pop(index).result() if index in ahead else self._read(index))
                     try:
                         if self.prefetch and position + 1 < len(indices):
                             after = indices[position + 1]
@@ -143,7 +143,7 @@ class Streamed:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        self._wait(self._read(OUTSIDE))
+        self._wait(OUTSIDE, self._read(OUTSIDE))
         try:
             yield
         finally:
@@ -157,9 +157,13 @@ class Streamed:
             found.setdefault(id(tensor), (path, tensor.detach()))
         return dict(found.values())
 
-    def _wait(self, ready: Any) -> None:
+    def _wait(self, group: int, ready: Any) -> None:
         if ready is not None:
-            torch.cuda.current_stream(self.device).wait_event(ready)
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(ready)
+            for tensor in self.held(group).values():
+                # Allocated on the copying stream: freed here, it must not be reused before this one is done with it.
+                tensor.record_stream(stream)
 
     def _read(self, group: int) -> Any:
         """Bring a group's weights, or none; returns the event after which they are on a GPU."""
