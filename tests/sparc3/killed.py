@@ -26,7 +26,6 @@ from sparc3.unfinished import Unfinished
 from sparc3.weights import Streamed, empty_model
 
 EVENTS = 60  # more than a run of the test's model has between two finished blocks
-SECONDS = 0.5
 
 
 def run(folder, out, method, pattern):
@@ -101,6 +100,19 @@ def die_at(event):
     Path.open = opened
 
 
+def seconds_of_a_run(folder, out, method, pattern):
+    """How long a process takes that is left alone, so that random times fall into a run on any machine."""
+    start = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        os.fsync = lambda descriptor: None
+        run(Path(folder), Path(out), method, pattern)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return time.perf_counter() - start
+
+
 def main():
     folder, *cases = sys.argv[1:]
     for case in cases:
@@ -111,8 +123,10 @@ def until_the_end(folder, out, method, pattern, kills, how):
     generator, killed = random.Random(0), 0
     manifest = Path(out).parent / f".{Path(out).name}.unfinished" / "run.json"
     transformers.logging.disable_progress_bar()
+    longest = seconds_of_a_run(folder, f"{out}-undisturbed", method, pattern) if how == "time" else 0.0
     while True:
-        event, delay = generator.randrange(EVENTS), generator.uniform(0, SECONDS)
+        # Short enough that several processes are killed before the work is done.
+        event, delay = generator.randrange(EVENTS), generator.uniform(0, longest / 4)
         child = os.fork()
         if child == 0:
             # SIGKILL loses nothing that was written: waiting for the disk is only a moment more to be killed at.

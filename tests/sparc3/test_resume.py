@@ -47,7 +47,8 @@ def test_killed_again_and_again_it_gives_the_same_bytes(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     for name, killed in zip(KILLED, done.stdout.split(), strict=True):
-        assert int(killed) >= KILLED[name][2] // 2
+        # A process that is killed from outside may have come to its end before.
+        assert int(killed) >= (1 if KILLED[name][3] == "time" else KILLED[name][2] // 2)
         assert files(tmp_path / name) == files(tmp_path / f"whole-{name}")
         # A folder that is empty but for its lock is left by one that was killed in its very last step.
         assert {path.name for path in tmp_path.glob(f".{name}.unfinished/*")} <= {"lock"}
