@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparc3.autograd import Unscored
+from sparc3.autograd import Unscored, linear_forward
 from sparc3.boundaries import Boundaries, InMemory
 from sparc3.families import blocks_of
 from sparc3.targets import Batch, TargetFunction, explained, next_tokens
@@ -358,8 +358,8 @@ def target_gradient(
 @contextmanager
 def _unscored(head: Any) -> Iterator[None]:
     """Within the context the backward of the LM head is autograd.Unscored."""
-    plain = head.forward
-    head.forward = lambda hidden: Unscored.apply(hidden, plain, head.weight)
+    forward = linear_forward(head, head.forward)
+    head.forward = lambda hidden: Unscored.apply(hidden, forward, head.weight)
     try:
         yield
     finally:

@@ -69,7 +69,7 @@ def wrap(
                     replace(module, partial(_norm, _norm_backward(module, family, share)))
             elif id(module) in names and names[id(module)].attribute == "weight":
                 assert sink is not None
-                replace(module, partial(_linear, names[id(module)], sink))
+                replace(module, partial(_linear, module, names[id(module)], sink))
         for index, block in enumerate(blocks_of(model)):
             experts = find(block, family.experts)
             if experts is not None:
@@ -142,8 +142,15 @@ def _fused_norm(
     return Recomputed.attach(norm(x), lambda: norm(x.detach()))
 
 
-def _linear(weight: Prunable, sink: WeightSink, forward: Callable[..., torch.Tensor], x: torch.Tensor) -> Any:
+def _linear(
+    module: nn.Module,
+    weight: Prunable,
+    sink: WeightSink,
+    forward: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+) -> Any:
     recomputed = getattr(x, "_sparc3_recompute", None)
+    forward = autograd.linear_forward(module, forward)
     return autograd.Linear.apply(x, recomputed, forward, weight.canonical(weight.weight), weight.name, sink)
 
 

@@ -45,7 +45,15 @@ struct Kernels {
     void (*pack)(int dtype, const void *source, size_t tokens, size_t stride, size_t width, int tile, float *packed);
     void (*tile)(bool square, const float *g, const float *x, size_t samples, size_t tokens, float *acc,
                  size_t stride, int rows, int cols);
+
+    // A dense linear on few tokens, rows [begin, end) of its weight; see linear.cpp.
+    int linear_rows;  // rows that are computed at a time
+    void (*linear)(const float *x, const float *w, size_t tokens, size_t n, size_t k, size_t begin, size_t end,
+                   float *y);
+    void (*input_gradient)(const float *g, const float *w, size_t n, size_t k, size_t begin, size_t end, float *sums);
 };
+
+constexpr size_t kTokenGroup = 16;  // tokens that a linear on few tokens takes at a time
 
 constexpr size_t kDigitBins = 2048;  // a row is narrowed by 11, 11 and 10 bits of its keys
 

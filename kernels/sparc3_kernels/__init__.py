@@ -10,6 +10,7 @@ from sparc3_kernels.csr import (
     pack_csr,
     unpack_csr,
 )
+from sparc3_kernels.linear import input_gradient, linear
 from sparc3_kernels.native import NativeError, get_cmake_dir, get_include, get_library_dir
 from sparc3_kernels.nm import check_nm, nm_linear, pack_nm, unpack_nm
 from sparc3_kernels.select import (
@@ -43,6 +44,8 @@ __all__ = [
     "get_include",
     "get_library_dir",
     "info",
+    "input_gradient",
+    "linear",
     "nm_linear",
     "pack_bitmap",
     "pack_bits",

@@ -75,6 +75,15 @@ class CSR(ctypes.Structure):
 _STATUS = c_int
 _MATRIX = [c_int, c_void_p, c_size_t, c_size_t]  # dtype, weight, rows, columns
 _LINEAR = [c_void_p, c_size_t, c_void_p, c_void_p, c_int, c_void_p, c_size_t]
+_DENSE = [
+    c_void_p,
+    c_void_p,
+    *[c_size_t] * 3,
+    c_void_p,
+    c_int,
+    c_void_p,
+    c_size_t,
+]  # operands, sizes, result, ...
 _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
     "sparc3": {
         "sparc3_version": (c_char_p, []),
@@ -106,6 +115,10 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
             _STATUS,
             [c_int, c_int, c_void_p, c_void_p] + [c_size_t] * 4 + [c_void_p, c_int, c_void_p, c_size_t],
         ),
+        "sparc3_dense_linear_workspace_size": (c_size_t, [c_size_t] * 2),
+        "sparc3_dense_linear": (_STATUS, _DENSE),
+        "sparc3_dense_input_gradient_workspace_size": (c_size_t, [c_size_t] * 3),
+        "sparc3_dense_input_gradient": (_STATUS, _DENSE),
         "sparc3_advise_huge_pages": (None, [c_void_p, c_size_t]),
         "sparc3_linear_workspace_size": (c_size_t, [c_size_t] * 3 + [c_int]),
         "sparc3_count_kept": (_STATUS, [*_MATRIX, c_void_p, c_int]),

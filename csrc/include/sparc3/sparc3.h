@@ -134,6 +134,18 @@ SPARC3_API int sparc3_weight_relevance(int dtype, int reduction, const void *g, 
                                        size_t tokens, size_t n, size_t k, float *acc, int threads, void *workspace,
                                        size_t workspace_size);
 
+/* ---- dense linears on few tokens ---------------------------------------------------------------------------------
+ *
+ * y [tokens, n] = x W^T and dx [tokens, k] = g W, with x [tokens, k], g [tokens, n], w [n, k], dense row-major fp32. The
+ * weight is read once; made for up to some 32 tokens, right for any number. Bit-reproducible for any `threads`.
+ */
+SPARC3_API size_t sparc3_dense_linear_workspace_size(size_t tokens, size_t k);
+SPARC3_API int sparc3_dense_linear(const float *x, const float *w, size_t tokens, size_t n, size_t k, float *y,
+                                   int threads, void *workspace, size_t workspace_size);
+SPARC3_API size_t sparc3_dense_input_gradient_workspace_size(size_t tokens, size_t n, size_t k);
+SPARC3_API int sparc3_dense_input_gradient(const float *g, const float *w, size_t tokens, size_t n, size_t k,
+                                           float *dx, int threads, void *workspace, size_t workspace_size);
+
 /* ---- packed weights -------------------------------------------------------------------------------------------
  *
  * A weight [rows, columns] with zeros in it, in one of three formats, all row-major and little-endian. A weight is
