@@ -19,6 +19,8 @@ from sparc3_kernels import native
 from sparc3_kernels.backend import choose
 
 FEW_TOKENS = 32
+# Elements of a weight below which MKL is faster: it lies in the cache then.
+SMALL = 1 << 17
 
 
 def linear_reference(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -80,10 +82,10 @@ torch.library.define("sparc3::input_gradient", "(Tensor g, Tensor w) -> Tensor")
 
 
 def _in_library(op: str, a: Tensor, w: Tensor) -> bool:
-    """Whether a call is the CPU library's, or oneDNN's: fp32 and dense; torch does the others well."""
+    """Whether a call is the CPU library's, or oneDNN's: fp32, dense and not small; torch does the others well."""
     fits = None if a.device.type == "cpu" else f"the tensors are on {a.device}"
-    dense = a.dtype == torch.float32 and w.is_contiguous() and a.numel() and w.numel()
-    return choose(op, {"cpu": fits}) == "cpu" and bool(dense)
+    chosen = choose(op, {"cpu": fits}) == "cpu"
+    return chosen and a.dtype == torch.float32 and w.is_contiguous() and w.numel() >= SMALL and len(a) > 0
 
 
 @torch.library.impl("sparc3::linear", "default")
