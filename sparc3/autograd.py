@@ -1,6 +1,6 @@
 """The model's own forward with an LRP backward, one autograd function a part.
 
-Each calls the model's own code in its forward, so that logits stay equal to the last bit, and saves as little as
+Each calls the model's own code in its forward (a large fp32 linear on the CPU: our kernel), and saves as little as
 its backward needs: norms and products are recomputed from their inputs instead of being kept as the inputs of the
 linears that follow (see ``Recomputed``).
 """

@@ -1,9 +1,9 @@
 """Put LRP rules on one model instance, and take them off again.
 
 Everything is set on instances (their ``forward``) or under names of our own (an attention function
-``sparc3_sdpa`` that calls ``sdpa``); no class and no existing registry entry is touched. The forward runs the
-model's own code, so logits are unchanged to the last bit; on a GPU norms, gated products and attention run in fused
-kernels instead (sparc3.fused) and logits agree to rounding.
+``sparc3_sdpa`` that calls ``sdpa``); no class and no existing registry entry is touched. On the reference
+backend the forward runs the model's own code, so logits are unchanged to the last bit; elsewhere they agree to
+rounding: on the CPU large fp32 linears, on a GPU norms, gated products and attention (sparc3.fused) run in kernels.
 """
 
 from __future__ import annotations

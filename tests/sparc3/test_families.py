@@ -1,15 +1,17 @@
-"""Every declared family: logits equal to the last bit, relevance equal to plain autograd's.
+"""Every declared family: logits equal to the last bit on the reference backend, relevance equal to plain autograd's.
 
 Grid: each configuration of tiny.py is there for a part that no other has; both attention implementations,
 because they build masks differently; three rules for relevance, because each takes another branch of every
 backward (AttnLRP: closed forms and constant scales; gradient: derivatives; CP: cut branches).
 """
 
+import sys
 from functools import cache, partial
 
 import pytest
 import torch
 from oracle import weight_gradients
+from sparc3_kernels import backend
 from tiny import FAMILIES, batch, build, singles
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -66,8 +68,33 @@ def check_against_reference(model, name, rule):
             assert relative_error(ours, theirs) <= TOLERANCE, key
 
 
+@pytest.fixture
+def on_reference():
+    with backend("reference"):
+        yield
+
+
+@pytest.fixture
+def no_linear_is_small(monkeypatch):
+    """These models' linears too would run in the CPU library, but for the reference backend."""
+    monkeypatch.setattr(sys.modules["sparc3_kernels.linear"], "SMALL", 1)
+
+
 @pytest.mark.parametrize(("name", "attention"), FAMILIES)
-def test_logits_are_equal_to_the_last_bit(name, attention):
+def test_linears_of_the_library_agree(name, attention, no_linear_is_small):
+    model = build(name, attention)
+    inputs = batch()
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    weights = prunable(model)
+    with torch.no_grad():
+        plain = logits(model, inputs)
+    with wrap(model, Rule(), weights, Accumulators(weights, "signed")), torch.no_grad():
+        assert relative_error(logits(model, inputs), plain) <= TOLERANCE
+    check_against_reference(model, name, "attnlrp")
+
+
+@pytest.mark.parametrize(("name", "attention"), FAMILIES)
+def test_logits_are_equal_to_the_last_bit(name, attention, no_linear_is_small, on_reference):
     model = build(name, attention)
     inputs = batch()
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
