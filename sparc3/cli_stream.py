@@ -21,10 +21,13 @@ from sparc3.engine import free_memory
 from sparc3.errors import InputError
 from sparc3.evaluate import check_fits
 from sparc3.families import prunable
+from sparc3.job import Job, identity_of
 from sparc3.models import DTYPES, load_tokenizer, local_folder, usable_device
-from sparc3.plan import Budget, Plan, estimate_seconds, parse_size, plan, shape_of, size
+from sparc3.plan import Budget, Plan, plan
 from sparc3.ranks import started
-from sparc3.stream import Job, identity_of
+from sparc3.shape import shape_of
+from sparc3.sizes import parse_size, size
+from sparc3.speeds import estimate_seconds
 from sparc3.stream import prune_by_block as run_by_block
 from sparc3.unfinished import Unfinished
 from sparc3.weights import Streamed, empty_model

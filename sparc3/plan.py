@@ -15,133 +15,20 @@ bytes of what one block received for all samples.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-import torch
-from transformers import PreTrainedModel
-
-from sparc3.checkpoint import Checkpoint
 from sparc3.compress import SEQUENTIAL
 from sparc3.engine import LOGITS_IN_FLIGHT
 from sparc3.errors import InputError
-from sparc3.families import Prunable, blocks_of, family_of
-from sparc3.scores import TOKENS_IN_FLIGHT
-from sparc3.timing import synchronize
+from sparc3.shape import Shape
+from sparc3.sizes import exact_size, size
 
 _SELECTION_BYTES, _LOGIT_BYTES = 12, 16
 # SparseGPT's second moments are fp32, and what it factors is fp64, three times at once.
 _MOMENT_BYTES, _FACTOR_BYTES = 4, 24
 # What a CUDA context and its libraries take before anything is allocated.
 _CUDA_CONTEXT = 512 << 20
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a plan depends on of a model, its checkpoint and the samples.
-
-    Attributes:
-        blocks: how many.
-        block, outside: bytes in memory of the largest block, and of what is outside of the blocks.
-        stored_blocks, stored_outside: bytes of the checkpoint.
-        prunable, largest_prunable, largest_tensor: weights in all, in the block that has most, in one tensor.
-        widest_input, squared_inputs: the most inputs that a weight has, and the sum of their squares over the weights
-            of the block that has most.
-        width, numbers: of a token in what a block receives, and in a block's activations.
-        itemsize: bytes of a number.
-        samples, length: reference samples and their tokens.
-    """
-
-    blocks: int
-    block: int
-    outside: int
-    stored_blocks: int
-    stored_outside: int
-    prunable: int
-    largest_prunable: int
-    largest_tensor: int
-    widest_input: int
-    squared_inputs: int
-    block_weights: int
-    width: int
-    numbers: int
-    itemsize: int
-    samples: int
-    length: int
-
-    @property
-    def boundary(self) -> int:
-        """Bytes of what one block received, for all samples."""
-        return self.samples * self.length * self.width * self.itemsize
-
-    @property
-    def batch_tokens(self) -> int:
-        return min(self.samples, max(1, TOKENS_IN_FLIGHT // max(1, self.length))) * self.length
-
-
-def shape_of(
-    model: PreTrainedModel,
-    weights: Mapping[str, Prunable],
-    samples: int,
-    length: int,
-    checkpoint: Checkpoint | None = None,
-) -> Shape:
-    """Of an empty model (sparc3.weights.empty_model); without a checkpoint its bytes are those in memory."""
-    config, prefix = model.config, family_of(model).blocks
-    blocks = [sum(tensor.nbytes for tensor in block.state_dict().values()) for block in blocks_of(model)]
-    everything = {tensor.data_ptr() or id(tensor): tensor for tensor in _distinct(model)}
-    outside = sum(tensor.nbytes for tensor in everything.values()) - sum(blocks)
-    per_block, squared = [0] * (len(blocks) + 1), [0] * (len(blocks) + 1)
-    for name, weight in weights.items():
-        inside = name.startswith(f"{prefix}.")
-        index = int(name.removeprefix(f"{prefix}.").split(".")[0]) if inside else len(blocks)
-        per_block[index] += weight.weight.numel()
-        squared[index] += _inputs(weight) ** 2 * math.prod(weight.weight.shape[:-2])
-    stored_blocks, stored_outside = sum(blocks), outside
-    if checkpoint is not None:
-        from sparc3.weights import OUTSIDE, block_groups
-
-        groups = block_groups(model, checkpoint)
-        stored_outside = sum(stored.bytes for stored in groups.get(OUTSIDE, {}).values())
-        stored_blocks = checkpoint.bytes - stored_outside
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    attention = head * (heads + 2 * (getattr(config, "num_key_value_heads", None) or heads))
-    # GPT-2 names it n_inner, OPT ffn_dim; experts have one of their own, which each token passes several times.
-    inner = [getattr(config, name, None) or 0 for name in ("intermediate_size", "ffn_dim", "n_inner")]
-    experts = (getattr(config, "moe_intermediate_size", None) or inner[0]) * (
-        getattr(config, "num_experts_per_tok", None) or 0
-    )
-    intermediate = max(*inner, experts) or 4 * config.hidden_size
-    return Shape(
-        blocks=len(blocks),
-        block=max(blocks),
-        outside=outside,
-        stored_blocks=stored_blocks,
-        stored_outside=stored_outside,
-        prunable=sum(per_block),
-        largest_prunable=max(per_block),
-        largest_tensor=max(weight.weight.numel() for weight in weights.values()),
-        widest_input=max(_inputs(weight) for weight in weights.values()),
-        squared_inputs=max(squared),
-        block_weights=sum(blocks) // model.dtype.itemsize,
-        width=config.hidden_size,
-        numbers=8 * config.hidden_size + 4 * attention + 6 * intermediate,
-        itemsize=model.dtype.itemsize,
-        samples=samples,
-        length=length,
-    )
-
-
-def _inputs(weight: Prunable) -> int:
-    return weight.weight.shape[-2 if weight.transposed else -1]
-
-
-def _distinct(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Parameters once each, tied ones too, and the buffers that are saved."""
-    saved = set(model.state_dict())
-    return [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in saved)]
 
 
 @dataclass(frozen=True)
@@ -215,9 +102,7 @@ def _peak(parts: Mapping[str, int]) -> int:
     return always + max(outside, sum(parts.values()) - outside - always)
 
 
-def plan(
-    shape: Shape, method: str, pattern: str, budget: Budget, vocabulary: int, out_bytes: int | None = None
-) -> Plan:
+def plan(shape: Shape, method: str, pattern: str, budget: Budget, vocabulary: int) -> Plan:
     """The first way that fits, of those that need ever less memory and more time.
 
     Raises:
@@ -348,72 +233,3 @@ def boundaries_held(blocks: int, spacing: int | None) -> int:
     step = spacing or blocks
     # In each stretch of blocks: the checkpoints up to it, what the other blocks of it received, the gradients.
     return max(number + 1 + min(step, blocks - start) for number, start in enumerate(range(0, blocks, step)))
-
-
-# How long each of the two speeds is measured, and on how much.
-_MEASURED_SECONDS, _MEASURED_BYTES, _MEASURED_WIDTH = 0.3, 1 << 28, 2048
-
-
-def estimate_seconds(
-    way: Plan, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint | None
-) -> float:
-    """Seconds that a plan takes, from the speed of a matrix product and of reading, measured now.
-
-    Attention, norms, selection and writing are left out.
-    """
-    computing = way.operations / _operations_per_second(device, dtype, max(1, way.shape.batch_tokens))
-    reading = 0.0 if checkpoint is None else way.read / _bytes_per_second(checkpoint)
-    return max(computing, reading) if way.prefetch else computing + reading
-
-
-def _operations_per_second(device: torch.device, dtype: torch.dtype, rows: int) -> float:
-    x = torch.ones(rows, _MEASURED_WIDTH, device=device, dtype=dtype)
-    w = torch.ones(_MEASURED_WIDTH, _MEASURED_WIDTH, device=device, dtype=dtype)
-    x @ w
-    synchronize(device)
-    start, products = time.perf_counter(), 0
-    while time.perf_counter() - start < _MEASURED_SECONDS:
-        x @ w
-        synchronize(device)
-        products += 1
-    return 2 * rows * _MEASURED_WIDTH**2 * products / (time.perf_counter() - start)
-
-
-def _bytes_per_second(checkpoint: Checkpoint) -> float:
-    start, count = time.perf_counter(), 0
-    for stored in checkpoint.tensors.values():
-        stored.read()
-        count += stored.bytes
-        if count >= _MEASURED_BYTES:
-            break
-    return count / (time.perf_counter() - start)
-
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-
-
-def size(count: int) -> str:
-    """Bytes in words, as 7.9 GiB."""
-    power = min(len(_UNITS) - 1, max(0, (int(count).bit_length() - 1) // 10))
-    return f"{count} B" if power == 0 else f"{count / 1024**power:.3g} {_UNITS[power]}"
-
-
-def exact_size(count: int) -> str:
-    """Bytes rounded up to whole MiB, to be given back as an option."""
-    return f"{-(-count // (1 << 20))}MiB"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 8GiB, 500MB or 1e9; InputError for anything else."""
-    units = {"": 1, "B": 1}
-    for power, letter in enumerate("KMGT", 1):
-        units |= {f"{letter}IB": 1024**power, f"{letter}B": 1000**power, letter: 1024**power}
-    stripped = text.strip()
-    number = stripped.rstrip("BbIiKkMmGgTt ")
-    try:
-        count = float(number) * units[stripped[len(number) :].strip().upper()]
-        if not 0 < count < math.inf:
-            raise ValueError
-    except (ValueError, KeyError):
-        raise InputError(f"{text!r} is not a size; give one such as 8GiB, 500MB or 1000000") from None
-    return int(count)

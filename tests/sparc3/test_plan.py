@@ -7,7 +7,9 @@ from tiny import CONFIGS, build
 from sparc3.checkpoint import Checkpoint
 from sparc3.errors import InputError
 from sparc3.families import blocks_of, prunable
-from sparc3.plan import Budget, exact_size, parse_size, plan, shape_of, size
+from sparc3.plan import Budget, plan
+from sparc3.shape import shape_of
+from sparc3.sizes import exact_size, parse_size, size
 from sparc3.weights import empty_model
 
 VOCABULARY = 97

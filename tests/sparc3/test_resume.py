@@ -11,7 +11,7 @@ from test_stream import CPU, SAMPLES, checkpoint, quiet, streamed  # noqa: F401
 
 from sparc3.checkpoint import Checkpoint
 from sparc3.errors import InputError
-from sparc3.stream import Job, identity_of
+from sparc3.job import Job, identity_of
 from sparc3.unfinished import Unfinished
 from sparc3.weights import empty_model
 

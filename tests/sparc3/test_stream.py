@@ -12,9 +12,11 @@ from sparc3.checkpoint import Checkpoint
 from sparc3.compress import prune
 from sparc3.errors import InputError
 from sparc3.families import prunable
+from sparc3.job import Job, identity_of
 from sparc3.mask import Mask
-from sparc3.plan import Budget, plan, shape_of
-from sparc3.stream import Job, identity_of, prune_by_block
+from sparc3.plan import Budget, plan
+from sparc3.shape import shape_of
+from sparc3.stream import prune_by_block
 from sparc3.unfinished import Unfinished
 from sparc3.weights import Streamed, empty_model
 

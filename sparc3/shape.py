@@ -1,0 +1,120 @@
+"""What the memory and time of pruning a model depend on: its sizes, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from sparc3.checkpoint import Checkpoint
+from sparc3.families import Prunable, blocks_of, family_of
+from sparc3.scores import TOKENS_IN_FLIGHT
+from sparc3.weights import OUTSIDE, block_groups
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan depends on of a model, its checkpoint and the samples.
+
+    Attributes:
+        blocks: how many.
+        block, outside: bytes in memory of the largest block, and of what is outside of the blocks.
+        stored_blocks, stored_outside: bytes of the checkpoint.
+        prunable, largest_prunable, largest_tensor: weights in all, in the block that has most, in one tensor.
+        widest_input, squared_inputs: the most inputs that a weight has, and the sum of their squares over the weights
+            of the block that has most.
+        width, numbers: of a token in what a block receives, and in a block's activations.
+        itemsize: bytes of a number.
+        samples, length: reference samples and their tokens.
+    """
+
+    blocks: int
+    block: int
+    outside: int
+    stored_blocks: int
+    stored_outside: int
+    prunable: int
+    largest_prunable: int
+    largest_tensor: int
+    widest_input: int
+    squared_inputs: int
+    block_weights: int
+    width: int
+    numbers: int
+    itemsize: int
+    samples: int
+    length: int
+
+    @property
+    def boundary(self) -> int:
+        """Bytes of what one block received, for all samples."""
+        return self.samples * self.length * self.width * self.itemsize
+
+    @property
+    def batch_tokens(self) -> int:
+        return min(self.samples, max(1, TOKENS_IN_FLIGHT // max(1, self.length))) * self.length
+
+
+def shape_of(
+    model: PreTrainedModel,
+    weights: Mapping[str, Prunable],
+    samples: int,
+    length: int,
+    checkpoint: Checkpoint | None = None,
+) -> Shape:
+    """Of an empty model (sparc3.weights.empty_model); without a checkpoint its bytes are those in memory."""
+    config, prefix = model.config, family_of(model).blocks
+    blocks = [sum(tensor.nbytes for tensor in block.state_dict().values()) for block in blocks_of(model)]
+    everything = {tensor.data_ptr() or id(tensor): tensor for tensor in _distinct(model)}
+    outside = sum(tensor.nbytes for tensor in everything.values()) - sum(blocks)
+    per_block, squared = [0] * (len(blocks) + 1), [0] * (len(blocks) + 1)
+    for name, weight in weights.items():
+        inside = name.startswith(f"{prefix}.")
+        index = int(name.removeprefix(f"{prefix}.").split(".")[0]) if inside else len(blocks)
+        per_block[index] += weight.weight.numel()
+        squared[index] += _inputs(weight) ** 2 * math.prod(weight.weight.shape[:-2])
+    stored_blocks, stored_outside = sum(blocks), outside
+    if checkpoint is not None:
+        groups = block_groups(model, checkpoint)
+        stored_outside = sum(stored.bytes for stored in groups.get(OUTSIDE, {}).values())
+        stored_blocks = checkpoint.bytes - stored_outside
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    attention = head * (heads + 2 * (getattr(config, "num_key_value_heads", None) or heads))
+    # GPT-2 names it n_inner, OPT ffn_dim; experts have one of their own, which each token passes several times.
+    inner = [getattr(config, name, None) or 0 for name in ("intermediate_size", "ffn_dim", "n_inner")]
+    experts = (getattr(config, "moe_intermediate_size", None) or inner[0]) * (
+        getattr(config, "num_experts_per_tok", None) or 0
+    )
+    intermediate = max(*inner, experts) or 4 * config.hidden_size
+    return Shape(
+        blocks=len(blocks),
+        block=max(blocks),
+        outside=outside,
+        stored_blocks=stored_blocks,
+        stored_outside=stored_outside,
+        prunable=sum(per_block),
+        largest_prunable=max(per_block),
+        largest_tensor=max(weight.weight.numel() for weight in weights.values()),
+        widest_input=max(_inputs(weight) for weight in weights.values()),
+        squared_inputs=max(squared),
+        block_weights=sum(blocks) // model.dtype.itemsize,
+        width=config.hidden_size,
+        numbers=8 * config.hidden_size + 4 * attention + 6 * intermediate,
+        itemsize=model.dtype.itemsize,
+        samples=samples,
+        length=length,
+    )
+
+
+def _inputs(weight: Prunable) -> int:
+    return weight.weight.shape[-2 if weight.transposed else -1]
+
+
+def _distinct(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Parameters once each, tied ones too, and the buffers that are saved."""
+    saved = set(model.state_dict())
+    return [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in saved)]
