@@ -7,6 +7,7 @@ and returns nothing. The explained scalar is the summed log-probability of the n
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from real_models import gemma3, smollm2
@@ -99,8 +100,11 @@ def accumulate_by_hand(model: PreTrainedModel, ids: torch.Tensor) -> Run:
     return run
 
 
+# The engine keeps what each block computed where it fits into ``memory``, else recomputes it.
 IMPLEMENTATIONS: dict[str, Callable[[PreTrainedModel, torch.Tensor], Run]] = {
     "sparc3": ours,
+    "sparc3-1GiB": partial(ours, memory=1 << 30),
+    "sparc3-recompute": partial(ours, memory=0),
     "plain-backward": plain_backward,
     "plain-backward-chunked-logits": plain_backward_chunked,
     "backward+accumulate": accumulate_by_hand,

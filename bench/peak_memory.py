@@ -17,12 +17,12 @@ import time
 
 import psutil
 import torch
-from attribution_cases import IMPLEMENTATIONS as RUNS
-from attribution_cases import load_benchmark_model, ours
+from attribution_cases import IMPLEMENTATIONS, load_benchmark_model
 
 from sparc3.report import versions
 
-IMPLEMENTATIONS = ("sparc3", "sparc3-recompute", "plain-backward", "plain-backward-chunked-logits")
+# One sample has nothing to accumulate over: that would be a plain backward again.
+MEASURED = [name for name in IMPLEMENTATIONS if name != "backward+accumulate"]
 
 
 def measure(model_name: str, tokens: int, implementation: str) -> int:
@@ -33,10 +33,7 @@ def measure(model_name: str, tokens: int, implementation: str) -> int:
     assert checksum == checksum
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     process, before = psutil.Process(), psutil.Process().memory_info().rss
-    if implementation == "sparc3-recompute":
-        run = ours(model, ids, memory=0)
-    else:
-        run = RUNS[implementation](model, ids)
+    run = IMPLEMENTATIONS[implementation](model, ids)
     peak, done = before, threading.Event()
 
     def watch() -> None:
@@ -58,7 +55,7 @@ def main() -> None:
         print(measure(model_name, int(tokens), implementations[0]))
         return
     peaks = {}
-    for implementation in IMPLEMENTATIONS:
+    for implementation in MEASURED:
         command = [sys.executable, __file__, model_name, tokens, implementation]
         peaks[implementation] = int(
             subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,8 +93,11 @@ def generate(
         show: called with the prompt, and then with pieces of the new text as they come.
 
     Raises:
-        InputError: the prompt has no tokens, or more than the model has positions for, the new ones included.
+        InputError: the prompt has no tokens, or more than the model has positions for, the new ones included; the
+            temperature is no finite number from 0 on.
     """
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise InputError(f"temperature {temperature} is not a finite number from 0 on")
     batch: Any = tokenizer(prompt, return_tensors="pt").to(model.device)
     ids = batch["input_ids"]
     if not ids.numel():

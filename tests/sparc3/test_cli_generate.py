@@ -89,6 +89,7 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole():
     [
         ("the prompt has 12 tokens and 64 are to follow, but the model has 48 positions", ()),
         ("dtype 'int4' is not known", ("--dtype", "int4")),
+        ("temperature inf is not a finite number from 0 on", ("--temperature", "inf")),
     ],
 )
 def test_refusals(room, base, message, arguments):
