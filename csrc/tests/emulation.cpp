@@ -126,6 +126,8 @@ int main() {
     CHECK(emulation::launch(mirrored, 1, 1, 100 << 10, nullptr, nullptr) == cudaErrorInvalidValue);
     CHECK(__byte_perm(0x33221100u, 0x77665544u, 0x7530) == 0x77553300u);
     CHECK(__funnelshift_r(0x89abcdefu, 0x01234567u, 8) == 0x6789abcdu);
+    CHECK(__funnelshift_r(0x89abcdefu, 0x01234567u, 32) == 0x89abcdefu);
+    CHECK(__funnelshift_rc(0x89abcdefu, 0x01234567u, 32) == 0x01234567u);
     printf("passed\n");
     return 0;
 }

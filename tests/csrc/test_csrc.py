@@ -65,8 +65,9 @@ def test_hostile_input_under_sanitizers(tmp_path: Path) -> None:
 
 
 def test_the_page_lists_every_function() -> None:
-    header = (CSRC / "include" / "sparc3" / "sparc3.h").read_text()
-    declared = re.findall(r"^SPARC3_API .*?(sparc3_\w+)\(", header, flags=re.MULTILINE)
+    headers = (CSRC / "include" / "sparc3" / name for name in ("sparc3.h", "sparc3_cuda.h"))
+    text = "".join(header.read_text() for header in headers)
+    declared = re.findall(r"^SPARC3_API .*?(sparc3_\w+)\(", text, flags=re.MULTILINE)
     page = (CSRC.parent / "docs" / "linking.md").read_text()
     assert sorted(re.findall(r"^\| `(sparc3_\w+)`", page, flags=re.MULTILINE)) == sorted(declared)
 

@@ -13,6 +13,45 @@ SPARC3_API const char *sparc3_cuda_version(void);
  * `reason` may be NULL. */
 SPARC3_API int sparc3_cuda_device_count(int *count, const char **reason);
 
+/* ---- packed weights -------------------------------------------------------------------------------------------
+ *
+ * All pointers are to memory of the current device, `stream` is a cudaStream_t (NULL: the default one); the functions
+ * return when the work is queued, and what goes wrong while it runs shows at the next CUDA call. dtype is SPARC3_BF16
+ * or SPARC3_FP16, rows and columns are below 2^30. Weights must be sound (sparc3_bitmap_check): nothing can be checked
+ * without waiting for the device.
+ *
+ * Linear: y [batch, rows] = x [batch, columns] W^T + bias [rows] (NULL: none), products summed up in fp32. Up to 64
+ * vectors share one reading of the weight. Same input, same kind of device: same bits. Fastest where x is aligned to
+ * 16 bytes and columns divide by 8.
+ */
+
+/* A bitmap in the order in which tensor cores take it: strips of 16 rows, cut into chunks of 256 columns.
+ * sparc3_cuda_bitmap_chunks says how many there are. */
+typedef struct sparc3_cuda_bitmap {
+    int dtype;
+    size_t rows, columns;
+    const uint32_t *masks;  /* [chunks][32][4], aligned to 16 bytes */
+    const uint32_t *starts; /* [chunks + 1]: where the values of a chunk begin, in 16 bytes */
+    const void *values;     /* [16 * starts[chunks]] bytes, aligned to 16 */
+    size_t deepest;         /* at most 64 */
+} sparc3_cuda_bitmap;
+
+SPARC3_API size_t sparc3_cuda_bitmap_chunks(size_t rows, size_t columns);
+/* First step, from the bits of a sparc3_bitmap: writes masks, starts and *deepest (on the device). The caller reads
+ * starts[chunks] and *deepest, and allocates the values. */
+SPARC3_API int sparc3_cuda_bitmap_arrange_masks(const uint8_t *bits, size_t rows, size_t columns, uint32_t *masks,
+                                                uint32_t *starts, uint32_t *deepest, void *stream);
+/* Second step, from the offsets and values of the same sparc3_bitmap: writes arranged [16 * starts[chunks]] bytes. */
+SPARC3_API int sparc3_cuda_bitmap_arrange_values(int dtype, const int64_t *offsets, const void *values, size_t rows,
+                                                 size_t columns, const uint32_t *masks, const uint32_t *starts,
+                                                 void *arranged, void *stream);
+SPARC3_API int sparc3_cuda_bitmap_unpack(const sparc3_cuda_bitmap *weight, void *out, void *stream);
+/* For the current device; 0 where there is none. */
+SPARC3_API size_t sparc3_cuda_bitmap_linear_workspace_size(size_t rows, size_t columns, size_t batch);
+SPARC3_API int sparc3_cuda_bitmap_linear(const sparc3_cuda_bitmap *weight, const void *x, size_t batch,
+                                         const void *bias, void *y, void *workspace, size_t workspace_size,
+                                         void *stream);
+
 #ifdef __cplusplus
 }
 #endif
