@@ -198,7 +198,7 @@ def run(
                     counts=counts,
                     spare=spare,
                     seed=seed,
-                    tell=console.print,
+                    tell=lambda words, done, of: None if done else console.print(words),
                 )
                 points = [correction.before, *found.sweep]
                 rows = [point.described() for point in points]

@@ -5,13 +5,8 @@
     circuit = search.find("lrp")
     circuit.cpr, circuit.sparsest.fraction
 
-What is kept is ranked on the task's ranking examples; everything else is measured on its judging examples, with the
-protocol of MIB (Mueller et al. 2025, arXiv 2504.13151): faithfulness
-
-    f(k) = (m(k) - m(empty)) / (m(model) - m(empty)),
-
-m the mean logit difference of the circuit of the leading share k, and m(empty) with everything ablated that is
-ranked; CPR = area under f over k, CMD = area under |1 - f|, both by trapezoids on the grid ``FRACTIONS``.
+What is kept is ranked on the task's ranking examples; everything else is measured on its judging examples, see
+sparc3.faithfulness. The empty circuit has everything ablated that is ranked.
 """
 
 from __future__ import annotations
@@ -30,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparc3.ablation import ABLATIONS, ablated_differences, differences, masked_differences, replacement
 from sparc3.engine import model_inputs
 from sparc3.errors import InputError
+from sparc3.faithfulness import FRACTIONS, GOAL, Point, areas, faithfulness, sparsest
 from sparc3.families import blocks_of, family_of, find, prunable
 from sparc3.mask import Mask
 from sparc3.ranking import (
@@ -47,36 +43,12 @@ from sparc3.targets import Batch
 from sparc3.tasks import Task, task_batches
 from sparc3.units import UNITS, Components, ablated, components
 
-FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-# Of the full model's accuracy: what a circuit must reach to do the task.
-GOAL = 0.9
 # Agrees best with exact patching of heads and MLPs (docs/circuits.md).
 DEFAULT_RULE = "gradient,norm=constant"
-# Halvings, on a log scale, of the grid's interval in which accuracy falls below the goal: to 3 % of the size.
-_HALVINGS = 5
 # Wanda ranks within the rows of a weight, as it was published; the others over the whole model.
 _PATTERNS = {"wanda": "row"}
 
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Point:
-    """A circuit measured on the judging examples.
-
-    Attributes:
-        fraction: share of the weights or components that was asked for.
-        kept: how many it has.
-        logit_difference: mean over examples.
-        accuracy: share of the examples on which the right answer is ahead of the wrong one.
-        faithfulness: f, see the module.
-    """
-
-    fraction: float
-    kept: int
-    logit_difference: float
-    accuracy: float
-    faithfulness: float
 
 
 @dataclass(frozen=True)
@@ -261,10 +233,10 @@ class Search:
         tell(f"{method}: measuring")
         curve = self.measure(scores, settings, FRACTIONS)
         tell(f"{method}: the sparsest circuit")
-        sparsest = _sparsest(
+        smallest = sparsest(
             curve, GOAL * self.full.accuracy, lambda share: self.measure(scores, settings, [share])[0]
         )
-        return Circuit(settings, scores, tuple(curve), *areas(curve), sparsest, seconds)
+        return Circuit(settings, scores, tuple(curve), *areas(curve), smallest, seconds)
 
     def measure(
         self, scores: torch.Tensor | Scores, settings: dict[str, Any], fractions: Sequence[float]
@@ -368,34 +340,3 @@ class Search:
             (values > 0).double().mean().item(),
             faithfulness(mean, self._full, self._empty),
         )
-
-
-def faithfulness(mean: float, full: float, empty: float) -> float:
-    """f of a circuit, from its mean logit difference, the model's and the empty circuit's."""
-    return (mean - empty) / (full - empty)
-
-
-def areas(curve: Sequence[Point]) -> tuple[float, float]:
-    """(CPR, CMD): areas under f and under |1 - f| over the fractions of a curve, by trapezoids."""
-    x = torch.tensor([point.fraction for point in curve], dtype=torch.float64)
-    f = torch.tensor([point.faithfulness for point in curve], dtype=torch.float64)
-    return torch.trapezoid(f, x).item(), torch.trapezoid((1 - f).abs(), x).item()
-
-
-def _sparsest(curve: Sequence[Point], goal: float, measure: Callable[[float], Point]) -> Point:
-    """The smallest circuit from which on accuracy holds: the grid's, then halving the interval below it."""
-    points = sorted(curve, key=lambda point: point.fraction)
-    first = len(points) - 1
-    while first > 0 and points[first - 1].accuracy >= goal:
-        first -= 1
-    found = points[first]
-    if first == 0:
-        return found
-    low = points[first - 1]
-    for _ in range(_HALVINGS):
-        # Few components: the next smaller circuit is the one that failed.
-        if found.kept - low.kept <= 1:
-            break
-        middle = measure((low.fraction * found.fraction) ** 0.5)
-        found, low = (middle, low) if middle.accuracy >= goal else (found, middle)
-    return found

@@ -126,8 +126,7 @@ def circuit(
 
     console.check_apart(model, out)
     check_new(out, force)
-    others = [word.strip() for word in compare.split(",")] if compare else []
-    methods = list(dict.fromkeys([method, *others]))
+    methods = list(dict.fromkeys([method, *console.words(compare)]))
     defaults = default_settings(unit, ablation)
     rule, reduce = rule or defaults["rule"], reduce or defaults["reduce"]
     for name in methods:
@@ -247,7 +246,7 @@ def _show(loaded: Loaded, report: dict[str, Any], out: Path) -> None:
         f"{chosen['accuracy']:.3f}, faithfulness {chosen['faithfulness']:.3f}",
         *_named(chosen.get("components", [])),
         *console.notes(loaded),
-        f"Saved {out}: {', '.join(sorted(file.name for file in out.iterdir()))}",
+        console.saved(out),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,9 +17,10 @@ from sparc3.errors import InputError
 
 if TYPE_CHECKING:
     from sparc3.behaviours import Behaviour
-    from sparc3.correct import Correction, Found, Measured
+    from sparc3.correct import Correction, Found
     from sparc3.mask import Mask
     from sparc3.models import Loaded
+    from sparc3.sweep import Measured
 
 
 def correct(
@@ -141,10 +143,11 @@ def correct(
     saved is corrected by --method, whatever else is compared; sparc3 mask undo puts the weights back.
     """
     from sparc3.contrast import check_contrast
-    from sparc3.correct import Correction, halvings
+    from sparc3.correct import Correction
     from sparc3.correction_report import correction_report, draw
     from sparc3.export import check_new, save_pretrained
     from sparc3.mask import Mask
+    from sparc3.sweep import halvings
 
     console.check_apart(model, out)
     check_new(out, force)
@@ -157,7 +160,7 @@ def correct(
         raise InputError(f"--fraction {fraction} is not a share: it must be in (0, 1)")
     wanted, texts = _behaviour(behaviour, undesired, scorer, model, device)
     sources, judged_sources = _sources(general, eval_text, model)
-    documents = console.documents_of(sources, model)
+    documents = console.documents_of(sources, model, "--general")
     judged_documents = sparc3.read_documents(judged_sources) if judged_sources else []
     compressed = Mask.load(compression) if compression else None
     tokens = tokens or (12 if behaviour == "insults" else 50)
@@ -189,7 +192,6 @@ def correct(
             progress=lambda done: update(advance=done),
         )
         last = count or (max(1, round(fraction * correction.total)) if fraction else None)
-        update(description="scoring", total=len(methods) * (1 + spare + points), completed=0)
         found = [
             correction.find(
                 name,
@@ -200,21 +202,11 @@ def correct(
                 budget=budget if last is None else None,
                 spare=budget if spare else None,
                 seed=seed,
-                tell=lambda words: update(description=words, advance=1),
+                tell=lambda words, done, of: update(description=words, completed=done, total=of),
             )
             for name, how in methods
         ]
-        if found[0].chosen is None:
-            if not found[0].sweep:
-                raise InputError(
-                    f"each {unit} that was tried costs more than its share of --budget {budget:g}; nothing is "
-                    "pruned: give --no-spare, a larger --budget or another --unit"
-                )
-            first = found[0].sweep[0]
-            raise InputError(
-                f"to remove even {first.count} {unit}s makes perplexity {first.increase:.2%} worse, more than "
-                f"--budget {budget:g}; nothing is pruned: give --count, a larger --budget or another --unit"
-            )
+        _check_found(found[0], unit, budget)
         combined = _combined(correction, found[0], compressed)
         mask = found[0].mask
         mask.settings |= {
@@ -239,14 +231,14 @@ def correct(
     if as_json:
         console.show_json({"out": str(out), **report})
     else:
-        _show(loaded, report, out)
+        _show(loaded, report, last, out)
 
 
 def _methods(method: str, contrast: str, compare: str | None) -> list[tuple[str, str]]:
     """(method, contrast) of each that is measured, the first is saved."""
     found = [(method, contrast)]
-    for word in compare.split(",") if compare else []:
-        name, _, how = word.strip().partition(":")
+    for word in console.words(compare):
+        name, _, how = word.partition(":")
         found.append((name, how or "difference"))
     return list(dict.fromkeys(found))
 
@@ -289,6 +281,26 @@ def _sources(
     return general or [], eval_text or []
 
 
+def _check_found(found: Found, unit: str, budget: float) -> None:
+    """InputError where nothing can be removed, or the model does not survive it."""
+    if not found.sweep:
+        raise InputError(
+            f"each {unit} that was tried costs more than its share of --budget {budget:g}; nothing is pruned: give "
+            "--no-spare, a larger --budget or another --unit"
+        )
+    point = found.chosen or found.sweep[0]
+    if not math.isfinite(point.perplexity):
+        raise InputError(
+            f"without {point.count} {unit}s the model breaks (perplexity {point.perplexity:g}); nothing is pruned; "
+            "remove fewer, leave --no-spare out, and where it overflows give --dtype float32"
+        )
+    if found.chosen is None:
+        raise InputError(
+            f"to remove even {point.count} {unit}s makes perplexity {point.increase:.2%} worse, more than --budget "
+            f"{budget:g}; nothing is pruned: give --count, a larger --budget or another --unit"
+        )
+
+
 def _combined(correction: Correction, found: Found, compressed: Mask | None) -> dict[str, Measured]:
     """The compressed model, and the one that is corrected as well."""
     if compressed is None or found.chosen is None:
@@ -301,7 +313,7 @@ def _combined(correction: Correction, found: Found, compressed: Mask | None) -> 
     }
 
 
-def _show(loaded: Loaded, report: dict[str, Any], out: Path) -> None:
+def _show(loaded: Loaded, report: dict[str, Any], asked: int | None, out: Path) -> None:
     from sparc3.correction_report import method_label
 
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
@@ -328,12 +340,17 @@ def _show(loaded: Loaded, report: dict[str, Any], out: Path) -> None:
             row(method_label(result["settings"]) + (" *" if point == result["chosen"] else ""), point)
     for name, point in report["combined"].items():
         row(name, point | {"fraction": float("nan")})
-    prompts, budget = report["prompts"], report["budget"]
+    prompts, budget, count = report["prompts"], report["budget"], report["after"]["count"]
+    spared = (
+        f"Note: {asked} were to be removed, but only {count} cost no more than their share of --budget; --no-spare "
+        "removes all of them"
+    )
     console.show(
         table,
         f"{report['behaviour']['name']}: {prompts['run']} prompts run; explained on {prompts['explained']} that show "
         f"it, judged on {prompts['judged']} others",
         "* saved" + ("" if budget is None else f": the largest with perplexity at most {budget:.2%} worse"),
+        *([spared] if asked is not None and count < asked else []),
         *console.notes(loaded),
-        f"Saved {out}: {', '.join(sorted(file.name for file in out.iterdir()))}",
+        console.saved(out),
     )

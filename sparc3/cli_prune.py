@@ -148,7 +148,7 @@ def prune(
     console.check_apart(model, out)
     if not (resume or dry_run):
         check_new(out, force)
-    methods = list(dict.fromkeys([method, *_split(compare)]))
+    methods = list(dict.fromkeys([method, *console.words(compare)]))
     settings: dict[str, Any] = dict(
         target=target, positions=positions, reduce=reduce, rule=rule, skip_first=skip_first
     )
@@ -158,7 +158,7 @@ def prune(
             check_settings(name, **{**default_settings(pattern), **settings})
     check_used(settings, methods)
     check_allocation(allocate, pattern)
-    asked = [sparsity, *(_number(word) for word in _split(sparsities))]
+    asked = [sparsity, *(_number(word) for word in console.words(sparsities))]
     shares = list(dict.fromkeys(requested_sparsity(share, pattern) for share in asked))
     text = text or ([console.BUNDLED_TEXT] if model in BUNDLED else [])
     if max_memory or max_host_memory or offload_dir or resume or dry_run or console.processes() > 1:
@@ -254,10 +254,6 @@ def prune(
         console.show("Next:", *_next_commands(out, mask.settings, eval_text, device, dtype))
 
 
-def _split(words: str | None) -> list[str]:
-    return [word.strip() for word in words.split(",")] if words else []
-
-
 def _number(word: str) -> float:
     try:
         return float(word)
@@ -337,7 +333,7 @@ def _show_pruned(loaded: Loaded, dense: dict[str, Any] | None, rows: list[dict[s
     console.show(
         *parts,
         *console.notes(loaded),
-        f"Saved {out}: {', '.join(sorted(file.name for file in out.iterdir()))}",
+        console.saved(out),
     )
 
 

@@ -141,15 +141,25 @@ def short(settings: Any) -> str:
     return settings if isinstance(settings, str) else json.dumps(settings)
 
 
-def documents_of(text: list[str], model: str) -> list[str]:
+def words(text: str | None) -> list[str]:
+    """The words of an option that takes several, joined by commas."""
+    return [word.strip() for word in text.split(",")] if text else []
+
+
+def saved(out: Path) -> str:
+    """The line that ends a command: the folder, and the files in it."""
+    return f"Saved {out}: {', '.join(sorted(file.name for file in out.iterdir()))}"
+
+
+def documents_of(text: list[str], model: str, option: str = "--text") -> list[str]:
     """The documents of the sources; InputError where none is given, or the model that lacks them is nowhere."""
     from sparc3.models import check_there
 
     if not text:
         check_there(model)
         raise InputError(
-            f"{model} is not a bundled model, so it has no text of its own: give --text FILE, c4, wikitext2, hf:NAME "
-            "or bundled"
+            f"{model} is not a bundled model, so it has no text of its own: give {option} FILE, c4, wikitext2, "
+            "hf:NAME or bundled"
         )
     return sparc3.read_documents(text)
 

@@ -34,45 +34,18 @@ from sparc3.rules import Rule
 from sparc3.scores import Scores, as_batches
 from sparc3.select import select
 from sparc3.spare import DEPTH, affordable
+from sparc3.sweep import Measured, halvings, within_budget
 from sparc3.undesired import explained_batches, find_shown
 from sparc3.units import Components, ablated, components
 
 # Largest share of a sweep that is not told otherwise.
 SHARES = {"weight": 0.001, "neuron": 0.005, "head": 0.1}
-POINTS = 6
 BUDGET = 0.01
 # What sparing measures on: the first windows that explain, and tokens of each.
 _PROBES, _PROBE_LENGTH = 4, 64
 
-Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A model on the judging prompts and on general text.
-
-    Attributes:
-        count, fraction: removed weights or components, and their share.
-        shown: share of the continuations that show the behaviour.
-        score: their mean score.
-        length: their mean length in tokens; distinct: their mean share of different tokens.
-        perplexity: of the judging windows of general text; increase: over the whole model's, as a share of it.
-        said: the continuations.
-    """
-
-    count: int
-    fraction: float
-    shown: float
-    score: float
-    length: float
-    distinct: float
-    perplexity: float
-    increase: float
-    said: tuple[Continuation, ...] = field(repr=False)
-
-    def described(self) -> dict[str, Any]:
-        """All but the continuations, as plain JSON values."""
-        return {name: value for name, value in vars(self).items() if name != "said"}
+# (what is done, how much of it is done already, of how much)
+Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -195,7 +168,8 @@ class Correction:
             spare: leave out what costs more than its share of such an increase, measured on a few of the windows that
                 explain; the sweep ends where nothing more can be afforded. None: nothing is spared.
             seed: of random.
-            tell: called with a few words when a step begins.
+            tell: called with a few words on the step, how much of it is done, and of how much: samples that are
+                scored, weights or components that may go after sparing, numbers that are measured.
 
         Raises:
             InputError: a setting is not known or does not fit, or a count is not of what there is.
@@ -206,19 +180,27 @@ class Correction:
                 raise InputError(
                     f"{count} {self.unit}s cannot be removed: at least 1, and fewer than all {self.total}"
                 )
-        tell = tell or (lambda words: None)
-        tell(f"{method}: scoring")
-        scores = self.score(method, contrast=contrast, rule=rule, target=target, seed=seed)
+        tell = tell or (lambda words, done, of: None)
+        scores = self.score(
+            method,
+            contrast=contrast,
+            rule=rule,
+            target=target,
+            seed=seed,
+            tell=lambda done, of: tell(f"{method}: scoring", done, of),
+        )
         counts = sorted(counts)
         if spare is not None:
-            tell(f"{method}: sparing")
-            scores, afforded = self._spared(scores, counts[-1], spare)
+            last = counts[-1]
+            scores, afforded = self._spared(
+                scores, last, spare, lambda accepted: tell(f"{method}: sparing", accepted, last)
+            )
             counts = sorted({min(count, afforded) for count in counts} - {0})
-        sweep = []
+        sweep: list[Measured] = []
         for count in counts:
-            tell(f"{method}: {count} removed")
+            tell(f"{method}: {count} removed", len(sweep), len(counts))
             sweep.append(self.measure(self.mask(scores, count), count))
-        chosen = within_budget(sweep, math.inf if budget is None else budget)
+        chosen = within_budget(sweep, budget) if budget is not None else sweep[-1] if sweep else None
         settings: dict[str, Any] = {"unit": self.unit, "method": method, "behaviour": self.behaviour.name}
         if method != "random":
             settings |= {"contrast": contrast}
@@ -239,8 +221,13 @@ class Correction:
         rule: str | Rule | None = None,
         target: str = "logit",
         seed: int = 0,
+        tell: Callable[[int, int], None] | None = None,
     ) -> Values:
-        """Contrastive scores of all weights or components, see sparc3.contrast; the lowest are to be removed."""
+        """Contrastive scores of all weights or components, see sparc3.contrast; the lowest are to be removed.
+
+        Args:
+            tell: called with the number of samples that are scored, and of how many.
+        """
         rule = DEFAULT_RULES[self.unit] if rule is None else rule
         check_contrast(self.unit, method, contrast, rule, target)
         if method == "random":
@@ -251,6 +238,15 @@ class Correction:
                 for name, scores in found.items()
             }
         undesired = explained_batches(self.model, self.tokenizer, self.behaviour, self.ranking)
+        of, done = sum(len(batch["input_ids"]) for batch in (*self._general, *undesired)), 0
+
+        def progress(samples: int) -> None:
+            nonlocal done
+            done += samples
+            if tell is not None:
+                tell(done, of)
+
+        progress(0)
         general, bad = (
             mean_relevance(
                 self.model,
@@ -261,12 +257,15 @@ class Correction:
                 target=target,
                 include=self._include,
                 exclude=self._exclude,
+                progress=progress,
             )
             for batches in (self._general, undesired)
         )
         return contrasted(general, bad, contrast)
 
-    def _spared(self, scores: Values, count: int, budget: float) -> tuple[Values, int]:
+    def _spared(
+        self, scores: Values, count: int, budget: float, progress: Callable[[int], None] | None = None
+    ) -> tuple[Values, int]:
         """(Scores of at most ``count`` that can be afforded, +inf for all others; how many they are)."""
         flat = torch.cat([tensor.flatten() for tensor in scores.values()])
         order = flat.topk(min(DEPTH * count, len(flat)), largest=False).indices
@@ -278,7 +277,7 @@ class Correction:
             with self._without(removed):
                 return perplexity(self.model, probe).nll.mean().item() - whole
 
-        accepted = affordable(order, count, cost, math.log1p(budget))
+        accepted = affordable(order, count, cost, math.log1p(budget), progress)
         found = torch.full_like(flat, torch.inf)
         found[accepted] = flat[accepted]
         parts = found.split([tensor.numel() for tensor in scores.values()])
@@ -382,21 +381,6 @@ class Correction:
         if self._components is not None:
             return {self.unit: torch.Size([len(self._components.names)])}
         return {name: weight.canonical(weight.weight).shape for name, weight in self._chosen().items()}
-
-
-def halvings(last: int, points: int = POINTS) -> list[int]:
-    """Up to ``points`` numbers that end with ``last``, each half the next, ascending."""
-    return sorted({max(1, round(last / 2**step)) for step in range(points)})
-
-
-def within_budget(sweep: Sequence[Measured], budget: float) -> Measured | None:
-    """The largest N that keeps to the budget, as all smaller ones do; None where the smallest does not."""
-    chosen = None
-    for point in sorted(sweep, key=lambda point: point.count):
-        if not point.increase <= budget:
-            break
-        chosen = point
-    return chosen
 
 
 def _mean(values: Iterable[float]) -> float:

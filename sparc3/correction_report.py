@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sparc3 import page
-from sparc3.correct import Correction, Found, Measured
+from sparc3.correct import Correction, Found
 from sparc3.mask import Mask
 from sparc3.models import Loaded
 from sparc3.report import METHOD_COLOURS, versions
+from sparc3.sweep import Measured
 
 # Perplexity may become a hundred times worse as well as 0.1 %: then the axis is logarithmic from the second on.
 _WIDE, _LINEAR_TO = 0.1, 0.01

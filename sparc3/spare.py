@@ -19,7 +19,11 @@ _SMALLEST = 1 / 64
 
 
 def affordable(
-    order: torch.Tensor, count: int, cost: Callable[[torch.Tensor], float], budget: float
+    order: torch.Tensor,
+    count: int,
+    cost: Callable[[torch.Tensor], float],
+    budget: float,
+    progress: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """The first ``count`` of ``order`` [m] that may go; fewer where no more can be afforded.
 
@@ -27,6 +31,7 @@ def affordable(
         order: indices, the first to go first.
         cost: of removing the indices that it is given, in nats a token over removing none.
         budget: of all ``count``; a group of g may cost g / count of it on top of those accepted before.
+        progress: called before each run with the number of those accepted.
 
     Returns:
         Indices in the order of ``order``.
@@ -39,6 +44,8 @@ def affordable(
         groups = [group]
         while groups:
             group = groups.pop(0)
+            if progress is not None:
+                progress(len(accepted))
             total = cost(torch.cat([accepted, group]))
             # Not greater: a model that breaks has a cost of NaN.
             if total - spent <= budget * len(group) / count:

@@ -14,16 +14,9 @@ from tiny import state
 import sparc3
 from sparc3.ablation import ablated_differences, differences, replacement
 from sparc3.agreement import agreement
-from sparc3.circuit import (
-    GOAL,
-    Point,
-    Search,
-    _sparsest,
-    areas,
-    check_circuit_settings,
-    faithfulness,
-)
+from sparc3.circuit import Search, check_circuit_settings
 from sparc3.errors import InputError
+from sparc3.faithfulness import GOAL, Point, areas, faithfulness, sparsest
 from sparc3.families import prunable
 from sparc3.ranking import COMPONENT_METHODS, WEIGHT_METHODS
 from sparc3.tasks import load_task, task_batches
@@ -155,12 +148,12 @@ def test_the_sparsest_circuit_is_the_one_from_which_on_accuracy_holds():
         return Point(fraction, round(1000 * fraction), 0.0, found, 0.0)
 
     curve = [point(0.01), point(0.02, 1.0), point(0.1), point(0.2), point(0.5), point(1.0)]
-    found = _sparsest(curve, 0.9, point)
+    found = sparsest(curve, 0.9, point)
     assert 0.3 <= found.fraction < 0.3 * 2.5 ** (1 / 32)
     # The grid's own where the next smaller circuit has one component less, or there is none smaller.
     few = [Point(0.5, 1, 0, 0.5, 0), Point(1.0, 2, 0, 1.0, 0)]
-    assert _sparsest(few, 0.9, None) == few[1]
-    assert _sparsest(few, 0.5, None) == few[0]
+    assert sparsest(few, 0.9, None) == few[1]
+    assert sparsest(few, 0.5, None) == few[0]
 
 
 def test_agreement_is_scipys():

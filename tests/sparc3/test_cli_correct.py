@@ -9,7 +9,11 @@ from commands import run, saved, succeed, succeed_json
 from test_correct import PROMPTS, shouting
 
 import sparc3
+from sparc3.cli_correct import _check_found
+from sparc3.correct import Found
+from sparc3.errors import InputError
 from sparc3.mask import Mask
+from sparc3.sweep import Measured
 
 
 @pytest.fixture
@@ -86,6 +90,26 @@ def test_the_budget_chooses(room, asked):
     assert all("mlp" in name for layer in found["removed"]["by_layer"].values() for name in layer["tensors"])
     assert found["after"]["count"] == sum(layer["weights"] for layer in found["removed"]["by_layer"].values())
     assert found["budget"] == 10
+
+
+def test_fewer_than_asked_for_are_removed_where_the_others_cost_too_much(room, asked):
+    options = ["--count", 80, "--points", 1, "--budget", 0.001]
+    stdout = succeed("correct", *asked, *options, "--out", "out")
+    count = json.loads((room / "out/report.json").read_text())["after"]["count"]
+    assert 0 < count < 80
+    assert f"Note: 80 were to be removed, but only {count} cost no more" in stdout
+    stdout = succeed("correct", *asked, *options, "--no-spare", "--out", "all")
+    assert json.loads((room / "all/report.json").read_text())["after"]["count"] == 80
+    assert "Note: 80" not in stdout
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_model_that_breaks_is_not_saved_and_no_count_is_advised(chosen):
+    broken = Measured(9, 0.1, 1.0, 1.0, 5.0, 0.2, float("nan"), float("nan"), ())
+    found = Found({}, {}, (broken,), broken if chosen else None, Mask({}, {}))
+    with pytest.raises(InputError, match=r"without 9 neurons the model breaks \(perplexity nan\)") as told:
+        _check_found(found, "neuron", 0.01)
+    assert "--count" not in str(told.value)
 
 
 def test_a_model_without_the_behaviour_is_left_alone(room, asked):

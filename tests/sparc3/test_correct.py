@@ -6,11 +6,12 @@ import torch
 import words
 
 import sparc3
-from sparc3 import behaviours, correct
+from sparc3 import behaviours
 from sparc3.continuations import continuations
-from sparc3.correct import Correction, halvings, within_budget
+from sparc3.correct import Correction
 from sparc3.errors import InputError
 from sparc3.evaluate import perplexity
+from sparc3.sweep import Measured, halvings, within_budget
 from sparc3.undesired import explained_batches
 
 PROMPTS = [f"{a}{b}" for a in "abcdefgh" for b in "xyz"]
@@ -195,7 +196,7 @@ def test_refused(options, message):
 
 
 def measured(count, increase):
-    return correct.Measured(count, count / 100, 1.0, 1.0, 1.0, 1.0, 1.0, increase, ())
+    return Measured(count, count / 100, 1.0, 1.0, 1.0, 1.0, 1.0, increase, ())
 
 
 def test_the_budget_chooses_the_largest_that_keeps_to_it():
@@ -207,6 +208,37 @@ def test_the_budget_chooses_the_largest_that_keeps_to_it():
     found = correction().find("lrp", counts=[1, 2], budget=-0.9)
     assert found.chosen is None
     assert found.mask.sparsity == 0
+
+
+def test_a_number_that_is_asked_for_is_kept_even_where_the_model_breaks(monkeypatch):
+    search = correction()
+    monkeypatch.setattr(
+        search, "measure", lambda mask, count: measured(count, [0.1, float("nan")][count - 1])
+    )
+    assert search.find("lrp", counts=[1, 2], budget=None).chosen.count == 2
+    assert search.find("lrp", counts=[1, 2], budget=0.5).chosen.count == 1
+
+
+def test_what_is_done_is_told_sample_by_sample_and_run_by_run():
+    search, heard = correction(), []
+    found = search.find(
+        "lrp", counts=[2, 4], budget=None, spare=0.05, tell=lambda *words: heard.append(words)
+    )
+    steps = {words: of for words, _, of in heard}
+    samples = 4 + len(search.ranking)  # every second window of general text explains
+    counts = [point.count for point in found.sweep]
+    assert steps == {
+        "lrp: scoring": samples,
+        "lrp: sparing": 4,
+        **{f"lrp: {count} removed": len(counts) for count in counts},
+    }
+    for step, of in steps.items():
+        done = [part for words, part, _ in heard if words == step]
+        assert done == sorted(done)
+        assert 0 <= done[0] <= done[-1] <= of
+    scored = [part for words, part, _ in heard if words == "lrp: scoring"]
+    assert (scored[0], scored[-1]) == (0, samples)
+    assert sum(words == "lrp: sparing" for words, _, _ in heard) > 1
 
 
 def test_halvings():
