@@ -66,7 +66,10 @@ def correct(
     ] = "lrp",
     contrast: Annotated[
         str,
-        typer.Option(help="difference (general minus undesired relevance, lowest first) | set-difference."),
+        typer.Option(
+            help="difference (general minus undesired relevance, lowest first) | set-difference | absolute (what "
+            "general text needs at single tokens counts; neurons and heads)."
+        ),
     ] = "difference",
     compare: Annotated[
         str | None,
@@ -98,8 +101,12 @@ def correct(
         ),
     ] = None,
     target: Annotated[
-        str, typer.Option(help="What lrp and gradient explain: logit | logit-mean | logprob.")
-    ] = "logit",
+        str | None,
+        typer.Option(
+            help="What lrp and gradient explain of the undesired tokens: logit | logit-mean | logprob | lead (over "
+            "the best other token). Default: logit, lead for --contrast absolute."
+        ),
+    ] = None,
     scorer: Annotated[
         str | None,
         typer.Option(
@@ -153,7 +160,7 @@ def correct(
     check_new(out, force)
     methods = _methods(method, contrast, compare)
     for name, how in methods:
-        check_contrast(unit, name, how, "attnlrp" if rule is None else rule, target)
+        check_contrast(unit, name, how, "attnlrp" if rule is None else rule, target or "logit")
     if count is not None and fraction is not None:
         raise InputError("--count and --fraction say the same; give one of them")
     if fraction is not None and not 0 < fraction < 1:

@@ -36,7 +36,7 @@ def explain(
         ),
     ] = None,
     target: Annotated[
-        str, typer.Option(help="What of it is explained: logit | logit-mean | logprob | max-logit.")
+        str, typer.Option(help="What of it is explained: logit | logit-mean | lead | logprob | max-logit.")
     ] = "logit",
     rule: Annotated[
         str, typer.Option(help="attnlrp | cp | gradient, or choices such as norm=gradient,attention=half.")

@@ -62,7 +62,7 @@ def prune(
     target: Annotated[
         str | None,
         typer.Option(
-            help="What lrp and gradient explain: logit | logit-mean | logprob | max-logit. "
+            help="What lrp and gradient explain: logit | logit-mean | lead | logprob | max-logit. "
             "The pattern has a default, as for --reduce and --rule; report.json tells it."
         ),
     ] = None,

@@ -135,7 +135,7 @@ def _zero(model: PreTrainedModel, rule: Rule, target: str | TargetFunction) -> t
     capped = getattr(model.config, "final_logit_softcapping", None) is not None
     experts = any(find(block, family_of(model).experts) is not None for block in blocks_of(model))
     zero = {
-        "target": target in ("logit", "logit-mean", "max-logit") and not capped,
+        "target": target in ("logit", "logit-mean", "lead", "max-logit") and not capped,
         "norms": rule.norm == rule.qknorm == "constant",
         "softmax": rule.attention == "value" and (rule.gate == "up" or not experts),
         "products": rule.activation_identity and "gradient" not in (rule.gate, rule.attention),

@@ -8,10 +8,14 @@ contrast       score
 difference     R_general - R_undesired (arXiv 2506.13727, Eq. 7)
 set-difference -R_undesired, but the top ``PROTECTED`` of R_general never goes
                (Wei et al. 2024, arXiv 2402.05162: the top of one set without that of the other)
+absolute       ``GUARD`` |R_general| - R_undesired, |R| of every token by itself and of the
+               log-probability, the first token of a text left out of both; neurons and heads
 ============== =================================================================================
 
-R is signed. What is explained is the logit by default: the log-probability of one undesired word is also raised by
-what lowers the other undesired ones, and hardly depends on anything where a loop is already certain.
+R is signed: of a component that helps at one token of general text and hurts at another only |R| tells that it
+matters. What is explained is the logit by default: the log-probability of one undesired word is also raised by what
+lowers the other undesired ones, and hardly depends on anything where a loop is already certain. The absolute contrast
+explains how far an undesired token is ahead of the best other one, on which a greedy continuation turns.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from sparc3.targets import Batch, next_tokens
 from sparc3.units import components, recorded
 from sparc3.wrap import frozen
 
-CONTRASTS = ("difference", "set-difference")
+CONTRASTS = ("difference", "set-difference", "absolute")
 METHODS = {
     "weight": ("lrp", "gradient", "random"),
     "neuron": ("lrp", "gradient", "activation", "random"),
@@ -41,6 +45,11 @@ METHODS = {
 DEFAULT_RULES = {"weight": "gradient,activation=identity", "neuron": "attnlrp", "head": "attnlrp"}
 # Share of the weights or components that a set difference leaves alone.
 PROTECTED = 0.05
+# How much more a loss of general text counts than as much of the behaviour, where |R| is compared.
+GUARD = 4.0
+
+# What is explained unless told otherwise.
+DEFAULT_TARGETS = {"difference": "logit", "set-difference": "logit", "absolute": "lead"}
 
 Progress = Callable[[int], None]
 # By state-dict name for weights [..., out, in], and {unit: [n]} for components.
@@ -55,6 +64,10 @@ def check_contrast(unit: str, method: str, contrast: str, rule: str | Rule, targ
         raise InputError(f"method {method!r} does not score {unit}s; use {' | '.join(METHODS[unit])}")
     if contrast not in CONTRASTS:
         raise InputError(f"contrast {contrast!r} is not known; use {' | '.join(CONTRASTS)}")
+    if contrast == "absolute" and (unit == "weight" or method == "activation"):
+        raise InputError(
+            f"contrast absolute compares lrp or gradient of neurons or heads, not {method} of {unit}s; use difference"
+        )
     check_settings("lrp" if method == "lrp" and unit == "weight" else "gradient", rule=rule, target=target)
 
 
@@ -68,6 +81,8 @@ def mean_relevance(
     target: str = "logit",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    absolute: bool = False,
+    skip_first: bool = False,
     progress: Progress | None = None,
 ) -> Values:
     """Signed relevance of each weight or component to ``batches``, a mean over the explained tokens.
@@ -78,6 +93,7 @@ def mean_relevance(
         method: lrp | gradient | activation (mean |x| where a token is explained).
         rule, target: of lrp, see sparc3.rules and sparc3.targets; the target is gradient's too.
         include, exclude: shell patterns on the names of weights.
+        absolute, skip_first: of components under lrp or gradient: sum |R| of positions, leave the first one out.
         progress: called with the number of samples done since the last call.
 
     Returns:
@@ -100,8 +116,11 @@ def mean_relevance(
         }
         found = attribute(model, batches, method, progress=progress, **settings)  # type: ignore[arg-type]
         return {name: tensor.div_(tokens) for name, tensor in found.tensors.items()}
-    each = _activations if method == "activation" else _relevance
-    total = each(model, batches, unit, "gradient" if method == "gradient" else rule, target, progress)
+    if method == "activation":
+        total = _activations(model, batches, unit, progress)
+    else:
+        rule = "gradient" if method == "gradient" else rule
+        total = _relevance(model, batches, unit, rule, target, absolute, skip_first, progress)
     if not total.isfinite().all():
         raise InputError("the relevance is not finite; the model overflows: run it with --dtype float32")
     return {unit: total / tokens}
@@ -111,6 +130,8 @@ def contrasted(general: Values, undesired: Values, contrast: str) -> Values:
     """One score each, the lowest to be removed first; +inf for what is never removed, and for zero weights."""
     if contrast == "difference":
         found = {name: general[name] - undesired[name] for name in general}
+    elif contrast == "absolute":
+        found = {name: GUARD * general[name] - undesired[name] for name in general}
     else:
         limit = _quantile(general, 1 - PROTECTED)
         found = {
@@ -135,6 +156,8 @@ def _relevance(
     unit: str,
     rule: str | Rule,
     target: str,
+    absolute: bool,
+    skip_first: bool,
     progress: Progress | None,
 ) -> torch.Tensor:
     """[n] float64: relevance of each component, summed over tokens and samples."""
@@ -143,7 +166,8 @@ def _relevance(
         for batch in batches:
             found.backward(batch)
             layers = found.neurons if unit == "neuron" else found.heads
-            sums = [layers[layer].double().sum((0, 1)) for layer in sorted(layers)]
+            values = [layers[layer].double()[:, int(skip_first) :] for layer in sorted(layers)]
+            sums = [(one.abs() if absolute else one).sum((0, 1)) for one in values]
             total = total + torch.cat(sums).cpu()
             _tell(progress, batch)
     return total
@@ -153,8 +177,6 @@ def _activations(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     unit: str,
-    rule: str | Rule,
-    target: str,
     progress: Progress | None,
 ) -> torch.Tensor:
     """[n] float64: |x| of each component, summed over the positions where a token is explained."""

@@ -25,7 +25,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.behaviours import Behaviour
 from sparc3.continuations import Continuation, continuations
-from sparc3.contrast import DEFAULT_RULES, Values, check_contrast, contrasted, mean_relevance, random_scores
+from sparc3.contrast import (
+    DEFAULT_RULES,
+    DEFAULT_TARGETS,
+    Values,
+    check_contrast,
+    contrasted,
+    mean_relevance,
+    random_scores,
+)
 from sparc3.errors import InputError
 from sparc3.evaluate import check_fits, perplexity
 from sparc3.families import prunable
@@ -150,7 +158,7 @@ class Correction:
         *,
         contrast: str = "difference",
         rule: str | Rule | None = None,
-        target: str = "logit",
+        target: str | None = None,
         counts: Sequence[int] | None = None,
         budget: float | None = BUDGET,
         spare: float | None = None,
@@ -161,8 +169,8 @@ class Correction:
 
         Args:
             method: sparc3.contrast.METHODS of the unit.
-            contrast: difference | set-difference.
-            rule, target: of lrp; None: sparc3.contrast.DEFAULT_RULES. The target is gradient's too.
+            contrast: difference | set-difference | absolute.
+            rule, target: of lrp; None: sparc3.contrast.DEFAULT_RULES, DEFAULT_TARGETS. The target is gradient's too.
             counts: the sweep; None: ``POINTS`` numbers up to the unit's share of ``SHARES``, each half the next.
             budget: the largest increase of perplexity, as 0.01; None: the last of ``counts`` is chosen as it is.
             spare: leave out what costs more than its share of such an increase, measured on a few of the windows that
@@ -205,7 +213,7 @@ class Correction:
         if method != "random":
             settings |= {"contrast": contrast}
         if method in ("lrp", "gradient"):
-            settings |= {"target": target}
+            settings |= {"target": target or DEFAULT_TARGETS[contrast]}
         settings |= {"rule": str(Rule.parse(rule or DEFAULT_RULES[self.unit]))} if method == "lrp" else {}
         settings |= {"seed": seed} if method == "random" else {}
         settings |= {} if spare is None else {"spare": spare}
@@ -219,7 +227,7 @@ class Correction:
         *,
         contrast: str = "difference",
         rule: str | Rule | None = None,
-        target: str = "logit",
+        target: str | None = None,
         seed: int = 0,
         tell: Callable[[int, int], None] | None = None,
     ) -> Values:
@@ -229,6 +237,7 @@ class Correction:
             tell: called with the number of samples that are scored, and of how many.
         """
         rule = DEFAULT_RULES[self.unit] if rule is None else rule
+        target = DEFAULT_TARGETS.get(contrast, "logit") if target is None else target
         check_contrast(self.unit, method, contrast, rule, target)
         if method == "random":
             zeros = {name: weight.canonical(weight.weight) == 0 for name, weight in self._chosen().items()}
@@ -247,6 +256,7 @@ class Correction:
                 tell(done, of)
 
         progress(0)
+        absolute = contrast == "absolute"
         general, bad = (
             mean_relevance(
                 self.model,
@@ -254,12 +264,17 @@ class Correction:
                 self.unit,
                 method,
                 rule=rule,
-                target=target,
+                target=explained,
                 include=self._include,
                 exclude=self._exclude,
+                absolute=absolute and batches is self._general,
+                skip_first=absolute,
                 progress=progress,
             )
-            for batches in (self._general, undesired)
+            for batches, explained in (
+                (self._general, "logprob" if absolute else target),
+                (undesired, target),
+            )
         )
         return contrasted(general, bad, contrast)
 

@@ -27,11 +27,17 @@ def _log_probability(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     return -F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
 
 
+def _lead(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    chosen = labels.clamp(min=0).unsqueeze(-1)
+    return _gather(logits, labels) - logits.scatter(-1, chosen, -torch.inf).amax(-1)
+
+
 # name -> (logits [..., V] in at least fp32, labels [...], -100 where nothing is explained) -> [...]
 TARGETS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "logit": _gather,
     "logit-mean": lambda logits, labels: _gather(logits, labels) - logits.mean(-1),
     "logprob": _log_probability,
+    "lead": _lead,  # over the best other token
     "max-logit": lambda logits, labels: logits.amax(-1),
 }
 POSITIONS = ("all", "last")

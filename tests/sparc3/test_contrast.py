@@ -4,8 +4,9 @@ import pytest
 import tiny
 import torch
 
-from sparc3.contrast import contrasted, mean_relevance, random_scores
+from sparc3.contrast import check_contrast, contrasted, mean_relevance, random_scores
 from sparc3.errors import InputError
+from sparc3.explain import relevance
 from sparc3.families import prunable
 from sparc3.units import components, recorded
 
@@ -137,3 +138,32 @@ def test_the_model_is_left_as_it_was():
     with torch.no_grad(), recorded(components(model, "head")) as seen:
         model(two_batches()[0]["input_ids"])
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("unit", ["neuron", "head"])
+def test_the_absolute_contrast_takes_tokens_by_themselves_and_leaves_the_first_out(unit):
+    model, (batch, _) = tiny.build("llama"), two_batches()
+    samples, length = batch["input_ids"].shape
+    labels = batch["labels"]
+    # By hand, one position of one sample after another: relevance to all that is explained, where it arises.
+    with relevance(model, "attnlrp", "logprob", "all", weights=False) as found:
+        found.backward(batch)
+        layers = found.neurons if unit == "neuron" else found.heads
+        by_hand = torch.zeros(sum(layers[layer].shape[-1] for layer in layers), dtype=torch.float64)
+        for sample in range(samples):
+            for place in range(1, length):
+                each = torch.cat([layers[layer][sample, place] for layer in sorted(layers)])
+                by_hand += each.double().abs() / int((labels >= 0).sum())
+    options = {"target": "logprob", "skip_first": True}
+    (absolute,) = mean_relevance(model, [batch], unit, "lrp", absolute=True, **options).values()
+    torch.testing.assert_close(absolute, by_hand)
+    (signed,) = mean_relevance(model, [batch], unit, "lrp", **options).values()
+    assert (signed.abs() < absolute).any()
+    (found,) = contrasted({unit: absolute}, {unit: signed}, "absolute").values()
+    torch.testing.assert_close(found, 4 * by_hand - signed)
+
+
+@pytest.mark.parametrize(("unit", "method"), [("weight", "lrp"), ("neuron", "activation")])
+def test_the_absolute_contrast_refuses_what_it_cannot_compare(unit, method):
+    with pytest.raises(InputError, match=f"contrast absolute compares .* not {method} of {unit}s"):
+        check_contrast(unit, method, "absolute", "attnlrp", "lead")

@@ -8,9 +8,11 @@ import words
 import sparc3
 from sparc3 import behaviours
 from sparc3.continuations import continuations
+from sparc3.contrast import mean_relevance
 from sparc3.correct import Correction
 from sparc3.errors import InputError
 from sparc3.evaluate import perplexity
+from sparc3.scores import as_batches
 from sparc3.sweep import Measured, halvings, within_budget
 from sparc3.undesired import explained_batches
 
@@ -62,6 +64,24 @@ def test_the_neuron_behind_a_behaviour_is_removed(method, contrast):
     assert [one.ids for one in said] == [one.ids for one in after.said]
     assert after.perplexity == pytest.approx(perplexity(model, windows()[1::2]).value)
     found.mask.undo(model)
+
+
+@pytest.mark.parametrize("method", ["lrp", "gradient"])
+def test_the_absolute_contrast_sets_loss_at_each_token_against_the_lead(method):
+    search = correction()
+    undesired = explained_batches(search.model, search.tokenizer, search.behaviour, search.ranking)
+    general, bad = (
+        mean_relevance(search.model, batches, "neuron", method, skip_first=True, **options)["neuron"]
+        for batches, options in (
+            (as_batches(search.model, windows()[::2]), {"target": "logprob", "absolute": True}),
+            (undesired, {"target": "lead"}),
+        )
+    )
+    found = search.find(method, contrast="absolute", counts=[2], budget=None)
+    torch.testing.assert_close(found.scores["neuron"], 4 * general - bad)
+    assert found.settings["target"] == "lead"
+    two = (4 * general - bad).argsort()[:2].tolist()
+    assert {*search.names(found.scores, 2)} == {f"m{index // 48}.n{index % 48}" for index in two}
 
 
 def test_random_removal_does_not_find_it():

@@ -42,6 +42,8 @@ def scalar(row, token, target):
         return row[token] - math.fsum(row) / len(row)
     if target == "logprob":
         return row[token] - max(row) - math.log(math.fsum(math.exp(x - max(row)) for x in row))
+    if target == "lead":
+        return row[token] - max(row[:token] + row[token + 1 :])
     return max(row)
 
 
