@@ -66,9 +66,7 @@ STUDIES = {
         },
         12,
     ),
-    "repetition": Study(
-        ("smollm2", "gemma3"), {"weight": (0.0001, 0.0003), "neuron": (0.0002, 0.0005, 0.001)}, 50
-    ),
+    "repetition": Study(("smollm2", "gemma3"), {"weight": (0.0001, 0.0003), "neuron": (0.001,)}, 60),
     # 100 neurons of SmolLM2's 46,080.
     "toxicity": Study(("smollm2", "gemma3"), {"neuron": (0.0005, 0.001, 0.00217)}, 20),
 }
@@ -79,6 +77,8 @@ METHODS = (
     ("random", "", None),
     ("lrp", "difference", "attnlrp"),
     ("lrp", "set-difference", "attnlrp"),
+    ("lrp", "absolute", None),
+    ("gradient", "absolute", None),
     ("activation", "difference", None),
 )
 _OPENINGS = (
@@ -108,8 +108,9 @@ def asked(name: str, loaded: Loaded, documents: int) -> tuple[Behaviour, list[st
     if name == "insults":
         return behaviours.insults(), bundled_text.insult_prompts(documents)
     if name == "repetition":
-        news = read_documents([str(lee_background())])[:documents]
-        return behaviours.repetition(), [" ".join(text.split()[:12]) for text in news]
+        # Short prompts are looped on most. The last hundred documents were developed on.
+        news = read_documents([str(lee_background())])[: documents - 100]
+        return behaviours.repetition(), [" ".join(text.split()[:5]) for text in news]
     return behaviours.toxicity(scorer("profanity_check:predict_prob")), toxic_prompts()
 
 
@@ -168,6 +169,7 @@ def run(
                 (method, contrast, rule)
                 for method, contrast, rule in methods
                 if method in CHOSEN[unit]
+                and not (contrast == "absolute" and unit == "weight")
                 and not (contrast == "difference" and rule == DEFAULT_RULES[unit])
                 and (unit, seed, method, contrast, _rule(unit, method, rule), spare) not in done
             ]
@@ -243,7 +245,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def _label(row: dict[str, Any]) -> str:
     rule = f" ({row['rule']})" if row["rule"] else ""
-    contrast = ", set difference" if row["contrast"] == "set-difference" else ""
+    contrast = "" if row["contrast"] in ("", "difference") else f", {row['contrast'].replace('-', ' ')}"
     return row["method"] + rule + contrast + (", spared" if row["spare"] else "")
 
 
@@ -301,6 +303,7 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help="Default: the study's.")] = None,
     unit: Annotated[list[str] | None, typer.Option(help="Default: the study's.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
+    contrast: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
     seeds: int = 3,
     examples: int = 64,
     samples: int = 64,
@@ -313,7 +316,11 @@ def main(
     """Run a study, or go on with it."""
     for name in model or STUDIES[study].models:
         path = RESULTS / f"correct-{study}-{Path(name).name}.json"
-        chosen = [row for row in METHODS if not method or row[0] in method]
+        chosen = [
+            row
+            for row in METHODS
+            if (not method or row[0] in method) and (not contrast or row[1] in ("", *contrast))
+        ]
         units = unit or list(STUDIES[study].shares)
         run(chosen, study, name, seeds, units, examples, samples, judged, BUDGET if spare else None, path)
         Console(width=140).print(path.with_suffix(".md").read_text(), markup=False)
