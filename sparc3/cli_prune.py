@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 
 
 def prune(
-    out: Annotated[
-        Path, typer.Option(help="Folder for the pruned model, its mask and report.json; it must not exist.")
-    ],
     model: Annotated[
         str, typer.Argument(help="A folder, a hub id, a .gguf file, tiny-llama or tiny-opt.")
     ] = "tiny-llama",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the pruned model, its mask and report.json; it must not exist. Only --dry-run does "
+            "without it."
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -145,9 +149,12 @@ def prune(
     from sparc3.samples import read_documents
     from sparc3.scores import check_settings
 
-    console.check_apart(model, out)
-    if not (resume or dry_run):
-        check_new(out, force)
+    if out is None and not dry_run:
+        raise InputError("name the folder for the pruned model with --out")
+    if out is not None:
+        console.check_apart(model, out)
+        if not (resume or dry_run):
+            check_new(out, force)
     methods = list(dict.fromkeys([method, *console.words(compare)]))
     settings: dict[str, Any] = dict(
         target=target, positions=positions, reduce=reduce, rule=rule, skip_first=skip_first
@@ -197,6 +204,7 @@ def prune(
             force=force,
             as_json=as_json,
         )
+    assert out is not None  # only dry runs do without it
     eval_text = eval_text or ([console.BUNDLED_HELD_OUT] if model in BUNDLED else [])
     if len(methods) * len(shares) > 1 and not eval_text:
         raise InputError("--compare and --sparsities measure perplexity: give held-out text with --eval-text")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from sparc3.shape import shape_of
 from sparc3.sizes import parse_size, size
 from sparc3.speeds import estimate_seconds
 from sparc3.stream import prune_by_block as run_by_block
-from sparc3.unfinished import Unfinished
+from sparc3.unfinished import Unfinished, free_space
 from sparc3.weights import Streamed, empty_model
 
 # On a device that is not here, as in a dry run for another machine.
@@ -38,7 +38,7 @@ _EVERYTHING = 1 << 62
 
 def prune_by_block(
     name: str,
-    out: Path,
+    out: Path | None,
     *,
     method: str,
     sparsity: float,
@@ -88,8 +88,11 @@ def prune_by_block(
     if device == "cuda" and console.processes() > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     where = torch.device("cpu") if dry_run else usable_device(device)
-    budget = _budget(device, max_memory, max_host_memory, offload_dir or out.parent, dry_run)
-    way = plan(shape, method, pattern, budget, model.config.vocab_size)
+    budget = _budget(device, max_memory, max_host_memory, dry_run)
+    if out is not None:
+        disk, scratch = free_space(out, offload_dir)
+        budget = replace(budget, disk=disk, scratch=scratch)
+    way = plan(shape, method, pattern, budget, model.config.vocab_size, console.processes())
     if dry_run:
         seconds = None
         if device == "cpu" or torch.cuda.is_available():
@@ -97,7 +100,8 @@ def prune_by_block(
         if as_json:
             return console.show_json({"plan": way.as_json(), "seconds": seconds})
         return console.show(*_described(way, seconds, budget))
-    assert checkpoint is not None  # without weights there are dry runs only
+    assert checkpoint is not None
+    assert out is not None
     described = {
         "model": name,
         "origin": name if note else str(folder),
@@ -143,13 +147,12 @@ def prune_by_block(
     console.show(f"{'; '.join(parts)}.", f"Saved {out}: {names}, and {way.shape.blocks + 1} shards")
 
 
-def _budget(
-    device: str, max_memory: str | None, max_host_memory: str | None, scratch: Path, dry_run: bool
-) -> Budget:
+def _budget(device: str, max_memory: str | None, max_host_memory: str | None, dry_run: bool) -> Budget:
+    """Of memory; the disk is taken to be empty."""
     process = psutil.Process().memory_info().rss
-    disk = shutil.disk_usage(scratch).free if scratch.is_dir() else _EVERYTHING
+    disk = _EVERYTHING
     # What the process has already is part of the plan.
-    host = free_memory(torch.device("cpu")) + process
+    host = free_memory(torch.device("cpu")) // console.processes() + process
     if max_host_memory is not None:
         host = parse_size(max_host_memory)
     if torch.device(device).type == "cpu":

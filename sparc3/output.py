@@ -221,6 +221,7 @@ class Output:
             "sparsity": {"requested": self.job.sparsity, "achieved": 1 - sum(kept.values()) / total},
             "tensors": tensors,
             "streamed": {
+                "identity": self.run.identity,
                 "plan": plan.as_json(),
                 "seconds": time.perf_counter() - start,
                 "peak_rss": peak_rss(),

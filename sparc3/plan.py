@@ -4,12 +4,14 @@ All is computed from shapes, before anything is read. Names as in the formulas: 
 bytes of what one block received for all samples.
 
     weights       the largest block, twice where the next one is read ahead
-    accumulators  4 bytes for each prunable weight of the largest block
+    accumulators  4 bytes for each prunable weight of the largest block, of its scores in the end
     activations   n (8 hidden + 4 attention + 6 intermediate) numbers: a block's graph and its backward
     moments       of SparseGPT: 4 bytes for each pair of inputs of a block's weights, 24 for each of the widest one's
     boundaries    (L + 1) S, gradients included, or about 2 sqrt(L) S where the blocks between are run again
     selection     12 bytes for each weight of the largest tensor: ranked scores, bits, and the pruned weight
     logits        16 bytes for each of the logits in flight, beside what is outside of the blocks
+    conversion    the checkpoint's bytes of a block, where the model is run in another dtype
+    allocator     what small tensors take once more, since they may lie beside what was freed, and 64 MiB of libraries
 """
 
 from __future__ import annotations
@@ -25,8 +27,11 @@ from sparc3.shape import Shape
 from sparc3.sizes import exact_size, size
 
 _SELECTION_BYTES, _LOGIT_BYTES = 12, 16
+_THREADS_AND_LIBRARIES = 64 << 20
 # SparseGPT's second moments are fp32, and what it factors is fp64, three times at once.
 _MOMENT_BYTES, _FACTOR_BYTES = 4, 24
+# The tokenizer, configs, the report and headers.
+_SMALL_FILES = 32 << 20
 # What a CUDA context and its libraries take before anything is allocated.
 _CUDA_CONTEXT = 512 << 20
 
@@ -37,9 +42,10 @@ class Budget:
 
     Attributes:
         device, host: of memory; the same number where the device is the CPU.
-        disk: free where scratch files go.
+        disk: free where the output goes.
         process: resident bytes of the process as it is.
         separate: the device has memory of its own.
+        scratch: free where scratch files go; None: they go where the output goes.
     """
 
     device: int
@@ -47,6 +53,7 @@ class Budget:
     disk: int
     process: int
     separate: bool
+    scratch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,28 +95,40 @@ class Plan:
     def disk_bytes(self) -> int:
         return sum(self.disk.values())
 
+    @property
+    def output_bytes(self) -> int:
+        """What of the disk is taken where the output is; the rest goes to scratch files."""
+        return sum(self.disk[name] for name in _OUTPUT)
+
     def as_json(self) -> dict:
         totals = {"device": self.device_bytes, "host": self.host_bytes, "disk": self.disk_bytes}
         return {**asdict(self), "totals": totals}
 
 
+_OUTPUT = ("pruned model", "mask", "small files")
+_ALWAYS = ("process", "allocator", "boundaries", "read buffers", "conversion")
 _OUTSIDE_TURN = ("outside of the blocks", "logits")
 
 
 def _peak(parts: Mapping[str, int]) -> int:
     outside = sum(parts.get(name, 0) for name in _OUTSIDE_TURN)
-    always = sum(parts.get(name, 0) for name in ("process", "boundaries", "read buffers"))
+    always = sum(parts.get(name, 0) for name in _ALWAYS)
     return always + max(outside, sum(parts.values()) - outside - always)
 
 
-def plan(shape: Shape, method: str, pattern: str, budget: Budget, vocabulary: int) -> Plan:
+def plan(
+    shape: Shape, method: str, pattern: str, budget: Budget, vocabulary: int, processes: int = 1
+) -> Plan:
     """The first way that fits, of those that need ever less memory and more time.
+
+    Args:
+        shape: with the samples of one process; memory is that of one, the disk is for all of them.
 
     Raises:
         InputError: none fits; it says what would suffice.
     """
     ways = [
-        _way(shape, method, pattern, budget, vocabulary, prefetch, on_disk, spaced)
+        _way(shape, method, pattern, budget, vocabulary, prefetch, on_disk, spaced, processes)
         for on_disk, spaced in (_BACKWARD_WAYS if _goes_backward(method) else _BACKWARD_WAYS[:1])
         for prefetch in (True, False)
     ]
@@ -117,7 +136,7 @@ def plan(shape: Shape, method: str, pattern: str, budget: Budget, vocabulary: in
         if (
             way.device_bytes <= budget.device
             and way.host_bytes <= budget.host
-            and way.disk_bytes <= budget.disk
+            and not _disk_refusal(way, budget)
         ):
             return way
     raise InputError(_refusal(ways, budget))
@@ -144,11 +163,29 @@ def _refusal(ways: list[Plan], budget: Budget) -> str:
             f"--max-host-memory {size(budget.host)} does not suffice: this needs {exact_size(host)} at least"
         )
     possible = [way for way in possible if way.host_bytes <= budget.host]
-    disk = min(way.disk_bytes for way in possible)
-    return (
-        f"the disk has {size(budget.disk)} free and this needs {exact_size(disk)} at least: free some, name a folder "
-        "with more space with --offload-dir, or allow more memory"
-    )
+    return _disk_refusal(min(possible, key=lambda way: way.disk_bytes), budget)
+
+
+def _disk_refusal(way: Plan, budget: Budget) -> str:
+    """What to say where a way does not fit the disks; empty where it does."""
+    output, scratch = way.output_bytes, way.disk_bytes - way.output_bytes
+    if budget.scratch is None and way.disk_bytes > budget.disk:
+        return (
+            f"the disk of --out has {size(budget.disk)} free and this needs {exact_size(way.disk_bytes)} at least, "
+            f"{size(scratch)} of it for a while: free some, put that on another disk with --offload-dir, or allow "
+            "more memory"
+        )
+    if budget.scratch is not None and output > budget.disk:
+        return (
+            f"the disk of --out has {size(budget.disk)} free and this needs {exact_size(output)} at least: free some "
+            "or name a folder on another disk"
+        )
+    if budget.scratch is not None and scratch > budget.scratch:
+        return (
+            f"the disk of --offload-dir has {size(budget.scratch)} free and this needs {exact_size(scratch)} at "
+            "least: free some, name a folder on another disk, or allow more memory"
+        )
+    return ""
 
 
 def _way(
@@ -160,6 +197,7 @@ def _way(
     prefetch: bool,
     on_disk: bool,
     spaced: bool,
+    processes: int,
 ) -> Plan:
     blocks, boundary = shape.blocks, shape.boundary
     sampled = method not in ("magnitude", "random")
@@ -171,6 +209,7 @@ def _way(
         held = boundaries_held(blocks, spacing) * boundary
     copies = 2 if prefetch else 1
     sequential = method in SEQUENTIAL
+    scored_whole = not sequential or pattern == "global"
     # The dense block is put aside while the pruned one is run.
     weights = shape.block * (copies + 2 * sequential)
     batch = shape.batch_tokens
@@ -178,7 +217,7 @@ def _way(
     in_flight = min(vocabulary * batch, max(LOGITS_IN_FLIGHT, vocabulary * batch // max(1, shape.length)))
     computed = {
         "weights": weights,
-        "accumulators": 4 * shape.largest_prunable if backward or (sequential and pattern == "global") else 0,
+        "accumulators": 4 * shape.largest_prunable if scored_whole else 0,
         "moments": _MOMENT_BYTES * shape.squared_inputs + _FACTOR_BYTES * shape.widest_input**2
         if method == "sparsegpt"
         else 0,
@@ -187,7 +226,11 @@ def _way(
         "logits": _LOGIT_BYTES * in_flight if backward else 0,
     }
     selected = {"selection": (2 if sequential else 1) * _SELECTION_BYTES * shape.largest_tensor}
-    kept = {"boundaries": boundary // max(1, shape.samples) if on_disk else held}
+    kept = {
+        "boundaries": boundary // max(1, shape.samples) if on_disk else held,
+        "conversion": shape.converted,
+        "allocator": _THREADS_AND_LIBRARIES + copies * shape.small_weights + 4 * shape.small_prunable,
+    }
     if budget.separate:
         device = {"process": _CUDA_CONTEXT, **computed}
         host = {"process": budget.process, **kept, **selected, "read buffers": copies * shape.block}
@@ -197,10 +240,11 @@ def _way(
     model = shape.outside + shape.block_weights * shape.itemsize
     disk = {
         "pruned model": model,
-        # The bits of every block by itself, and then in one file.
-        "masks": 2 * (shape.prunable // 8),
-        "gradients, to resume": 2 * boundary if sampled else 0,
-        "boundaries": held if on_disk else 0,
+        "mask": shape.prunable // 8,
+        "small files": _SMALL_FILES,
+        "masks of blocks": shape.prunable // 8,
+        "states, to resume": 2 * boundary * processes if sampled else 0,
+        "boundaries": held * processes if on_disk else 0,
         "scores": scores,
     }
     passes = (2 if backward else 1) + (pattern == "global")

@@ -14,6 +14,9 @@ from sparc3.families import Prunable, blocks_of, family_of
 from sparc3.scores import TOKENS_IN_FLIGHT
 from sparc3.weights import OUTSIDE, block_groups
 
+# glibc takes what is larger from the system and gives it back at once (mallopt, M_MMAP_THRESHOLD on 64 bits).
+_OWN_PAGES = 32 << 20
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -23,6 +26,9 @@ class Shape:
         blocks: how many.
         block, outside: bytes in memory of the largest block, and of what is outside of the blocks.
         stored_blocks, stored_outside: bytes of the checkpoint.
+        converted: bytes of the checkpoint's largest group that are held while it is brought to the model's dtype.
+        small_weights, small_prunable: bytes of the block's tensors, and weights in those, that an allocator does not
+            give back to the system one by one.
         prunable, largest_prunable, largest_tensor: weights in all, in the block that has most, in one tensor.
         widest_input, squared_inputs: the most inputs that a weight has, and the sum of their squares over the weights
             of the block that has most.
@@ -36,6 +42,9 @@ class Shape:
     outside: int
     stored_blocks: int
     stored_outside: int
+    converted: int
+    small_weights: int
+    small_prunable: int
     prunable: int
     largest_prunable: int
     largest_tensor: int
@@ -76,11 +85,16 @@ def shape_of(
         index = int(name.removeprefix(f"{prefix}.").split(".")[0]) if inside else len(blocks)
         per_block[index] += weight.weight.numel()
         squared[index] += _inputs(weight) ** 2 * math.prod(weight.weight.shape[:-2])
-    stored_blocks, stored_outside = sum(blocks), outside
+    stored_blocks, stored_outside, converted = sum(blocks), outside, 0
     if checkpoint is not None:
         groups = block_groups(model, checkpoint)
         stored_outside = sum(stored.bytes for stored in groups.get(OUTSIDE, {}).values())
         stored_blocks = checkpoint.bytes - stored_outside
+        converted = max(
+            sum(stored.bytes for stored in group.values() if stored.dtype != model.dtype)
+            for group in groups.values()
+        )
+    of_first = [tensor for tensor in blocks_of(model)[0].parameters() if tensor.nbytes < _OWN_PAGES]
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
     attention = head * (heads + 2 * (getattr(config, "num_key_value_heads", None) or heads))
@@ -96,6 +110,13 @@ def shape_of(
         outside=outside,
         stored_blocks=stored_blocks,
         stored_outside=stored_outside,
+        converted=converted,
+        small_weights=sum(tensor.nbytes for tensor in of_first),
+        small_prunable=sum(
+            weight.weight.numel()
+            for name, weight in weights.items()
+            if name.startswith(f"{prefix}.0.") and 4 * weight.weight.numel() < _OWN_PAGES
+        ),
         prunable=sum(per_block),
         largest_prunable=max(per_block),
         largest_tensor=max(weight.weight.numel() for weight in weights.values()),

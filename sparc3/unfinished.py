@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,7 +48,8 @@ class Unfinished:
         writer: False for a process that only reads what another one of the same run writes.
 
     Attributes:
-        complete: the run that was to go on had put its output in place; nothing is left to do.
+        identity: what the run depends on.
+        complete: the run that was to go on has put its output in place; nothing is left to do.
 
     Raises:
         InputError: ``out`` exists, a run was broken off and is neither resumed nor given up, it depends on
@@ -65,14 +66,12 @@ class Unfinished:
         writer: bool = True,
     ) -> None:
         self.out, self.force = out, force
-        self.root = out.parent / f".{out.name}.unfinished"
+        self.root, self.scratch = _folders(out, scratch)
         self.new = self.root / "new"
-        # Outputs of the same name in other folders may share an --offload-dir.
-        where = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12]
-        self.scratch = scratch / f"sparc3-{where}" if scratch else self.root / "scratch"
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.complete = False
         if writer:
-            self._open(json.loads(json.dumps(identity)), resume)
+            self._open(self.identity, resume)
 
     def _open(self, identity: dict[str, Any], resume: bool) -> None:
         manifest = self.root / "run.json"
@@ -85,6 +84,16 @@ class Unfinished:
             raise InputError(
                 f"a run into {self.out} was broken off: go on with it with --resume, or give it up with --force"
             )
+        elif resume and (finished := _finished(self.out)) is not None:
+            changed = list(_differences(finished, identity, {"machine"}))
+            if not changed:
+                self.complete = True
+                return
+            if not self.force:
+                raise InputError(
+                    f"{self.out} is finished, and it is of another run: {'; '.join(changed[:3])}. Give another "
+                    "--out, or --force to replace it"
+                )
         check_new(self.out, self.force)
         with writing(self.root):
             self.root.mkdir(exist_ok=True)
@@ -155,6 +164,37 @@ class Unfinished:
         self.discard()
 
 
+def _folders(out: Path, scratch: Path | None) -> tuple[Path, Path]:
+    root = out.parent / f".{out.name}.unfinished"
+    # Outputs of the same name in other folders may share an --offload-dir.
+    where = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12]
+    return root, scratch / f"sparc3-{where}" if scratch else root / "scratch"
+
+
+def free_space(out: Path, scratch: Path | None) -> tuple[int, int | None]:
+    """Bytes that a run may write where the output goes and in ``scratch``, None where that is the same disk.
+
+    What a run that was broken off has written counts as free: it goes on with it, or it is removed.
+    """
+    root, inside = _folders(out.absolute(), scratch)
+    folder = next(parent for parent in root.parents if parent.is_dir())
+    apart = scratch is not None and _disk_of(scratch) != _disk_of(folder)
+    written, spilled = _bytes_in(root), _bytes_in(inside) if scratch else 0
+    free = shutil.disk_usage(folder).free + written
+    if not apart:
+        return free + spilled, None
+    assert scratch is not None
+    return free, shutil.disk_usage(scratch).free + spilled
+
+
+def _disk_of(folder: Path) -> int:
+    return folder.stat().st_dev
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
@@ -193,9 +233,20 @@ def _compare(manifest: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def _differences(before: Any, now: Any, path: str = "") -> Iterable[str]:
+def _finished(out: Path) -> dict[str, Any] | None:
+    """What the run depended on that wrote ``out`` block by block; None for anything else."""
+    try:
+        identity = json.loads((out / "report.json").read_text(encoding="utf-8"))["streamed"]["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return identity if isinstance(identity, dict) else None
+
+
+def _differences(before: Any, now: Any, but: Container[str] = (), path: str = "") -> Iterable[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
-            yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+            if key not in but:
+                inside = f"{path}.{key}" if path else str(key)
+                yield from _differences(before.get(key), now.get(key), (), inside)
     elif before != now:
         yield f"{path} was {json.dumps(before)} and is {json.dumps(now)}"

@@ -40,6 +40,8 @@ class Resident:
         return nullcontext()
 
 
+# Numbers that are looked through at once.
+_CHECKED_AT_ONCE = 1 << 20
 # The group of what is outside of the blocks, in place of a block's index.
 OUTSIDE = -1
 
@@ -191,7 +193,7 @@ class Streamed:
             tensor = getattr(module, name)
             if tensor.is_meta:
                 raise InputError(f"{self.checkpoint.folder}: the checkpoint lacks {path}; it is incomplete")
-            if group not in self._checked and not torch.isfinite(tensor).all():
+            if group not in self._checked and not _finite(tensor):
                 raise InputError(
                     f"{self.checkpoint.folder}: NaN or Inf in {path}; the checkpoint is damaged or overflows this "
                     "dtype"
@@ -247,6 +249,11 @@ def _places(model: PreTrainedModel) -> dict[int, list[_Place]]:
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 places[group].append((module, f"{path}.{name}" if path else name, name, tensor))
     return places
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all is finite, without temporaries of the tensor's size: another block is in use meanwhile."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(_CHECKED_AT_ONCE))
 
 
 def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

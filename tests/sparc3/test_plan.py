@@ -42,8 +42,8 @@ def shape(samples=4, length=8):
     return shape_of(LLAMA, prunable(LLAMA), samples, length)
 
 
-def budget(device=1 << 40, host=1 << 40, disk=1 << 40, process=0, separate=False):
-    return Budget(device, host, disk, process, separate)
+def budget(device=1 << 40, host=1 << 40, disk=1 << 40, process=0, separate=False, scratch=None):
+    return Budget(device, host, disk, process, separate, scratch)
 
 
 # A Llama block: q and o 32 x 32, k and v 16 x 32, gate, up and down 48 x 32; two norms of 32.
@@ -64,12 +64,16 @@ def test_every_part_by_hand():
         "logits": 16 * 32 * VOCABULARY,
         "selection": 12 * 48 * 32,
         "boundaries": 10 * BOUNDARY,
+        "conversion": 0,
+        "allocator": (64 << 20) + 2 * BLOCK + 4 * PRUNABLE,
     }
     assert way.host == {}
     assert way.disk == {
         "pruned model": 9 * BLOCK + 4 * (2 * VOCABULARY * 32 + 32),
-        "masks": 2 * (9 * PRUNABLE // 8),
-        "gradients, to resume": 2 * BOUNDARY,
+        "mask": 9 * PRUNABLE // 8,
+        "small files": 32 << 20,
+        "masks of blocks": 9 * PRUNABLE // 8,
+        "states, to resume": 2 * BOUNDARY,
         "boundaries": 0,
         "scores": 0,
     }
@@ -79,7 +83,7 @@ def test_every_part_by_hand():
     # What is outside of the blocks takes its turn; the blocks' parts are there together.
     outside = way.device["outside of the blocks"] + way.device["logits"]
     rest = sum(way.device.values()) - outside
-    always = 1000 + 10 * BOUNDARY
+    always = 1000 + 10 * BOUNDARY + way.device["allocator"]
     assert way.device_bytes == always + max(outside, rest - always)
 
 
@@ -88,12 +92,26 @@ def test_what_a_gpu_and_the_host_hold():
     assert way.host == {
         "process": 1000,
         "boundaries": 10 * BOUNDARY,
+        "conversion": 0,
+        "allocator": (64 << 20) + 2 * BLOCK + 4 * PRUNABLE,
         "selection": 12 * 48 * 32,
         "read buffers": 2 * BLOCK,
     }
     assert "boundaries" not in way.device
     assert way.disk["scores"] == 4 * 9 * PRUNABLE
     assert way.visits == 27
+
+
+def test_a_checkpoint_of_another_dtype_is_held_while_it_is_converted(tmp_path):
+    build("llama", "sdpa", num_hidden_layers=3).bfloat16().save_pretrained(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    for dtype, held in (("float32", BLOCK // 2), ("bfloat16", 0)):
+        model = empty_model(tmp_path, dtype)
+        found = shape_of(model, prunable(model), 4, 8, checkpoint)
+        # Of the embedding, the head and the last norm, or of a block, whichever is more.
+        outside = 2 * (2 * VOCABULARY * 32 + 32)
+        assert found.converted == (max(held, outside) if held else 0)
+        assert plan(found, "lrp", "row", budget(), VOCABULARY).device["conversion"] == found.converted
 
 
 def test_less_memory_takes_another_way():
@@ -118,7 +136,11 @@ def test_less_memory_takes_another_way():
     ("method", "pattern"), [("lrp", "row"), ("lrp", "global"), ("magnitude", "2:4"), ("wanda", "row")]
 )
 def test_what_does_not_suffice_is_refused_with_what_would(method, pattern, separate):
-    for what, option in (("device", "--max-memory"), ("host", "--max-host-memory"), ("disk", "the disk has")):
+    for what, option in (
+        ("device", "--max-memory"),
+        ("host", "--max-host-memory"),
+        ("disk", "the disk of --out has"),
+    ):
         if what == "host" and not separate:
             continue
         with pytest.raises(InputError, match=option) as refused:
@@ -130,6 +152,38 @@ def test_what_does_not_suffice_is_refused_with_what_would(method, pattern, separ
         )
         used = {"device": way.device_bytes, "host": way.host_bytes, "disk": way.disk_bytes}[what]
         assert parse_size(needed) - (1 << 20) < used <= parse_size(needed)
+
+
+def test_each_disk_is_held_against_what_goes_there():
+    way = plan(shape(), "lrp", "global", budget(), VOCABULARY)
+    output = way.disk["pruned model"] + way.disk["mask"] + way.disk["small files"]
+    assert way.output_bytes == output
+    scratch = way.disk_bytes - output
+    assert scratch == 9 * PRUNABLE // 8 + 2 * BOUNDARY + 4 * 9 * PRUNABLE
+    plan(shape(), "lrp", "global", budget(disk=output, scratch=scratch), VOCABULARY)
+    for short, words in (
+        (
+            budget(disk=output - 1, scratch=scratch),
+            rf"the disk of --out .* needs {exact_size(output)} at least",
+        ),
+        (
+            budget(disk=output, scratch=scratch - 1),
+            rf"the disk of --offload-dir .* needs {exact_size(scratch)} at least",
+        ),
+        (
+            budget(disk=output + scratch - 1),
+            rf"the disk of --out .* needs {exact_size(output + scratch)} at least",
+        ),
+    ):
+        with pytest.raises(InputError, match=words):
+            plan(shape(), "lrp", "global", short, VOCABULARY)
+
+
+def test_many_processes_spill_to_one_disk():
+    one = plan(shape(), "lrp", "row", budget(), VOCABULARY)
+    three = plan(shape(), "lrp", "row", budget(), VOCABULARY, processes=3)
+    assert three.disk_bytes - one.disk_bytes == 2 * 2 * BOUNDARY
+    assert three.device == one.device
 
 
 def test_sizes_in_words():

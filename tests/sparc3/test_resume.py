@@ -225,5 +225,6 @@ def test_an_output_that_is_complete_is_left_alone(tmp_path):
     assert Unfinished(out, identity, resume=True).complete
     assert files(out) == before
     assert not (tmp_path / ".out.unfinished").exists()
+    assert Unfinished(out, identity, resume=True).complete
     with pytest.raises(InputError, match="exists; give another --out"):
-        streamed(folder, out, job, resume=True)
+        Unfinished(out, identity)
