@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from sparc3.mask import fingerprint, mask_metadata
 from sparc3.models import NOTE_FILE
 from sparc3.plan import Plan
 from sparc3.report import as_json, versions
+from sparc3.samples import Batch
 from sparc3.scores import check_finite_scores
 from sparc3.select import as_stored, pruned_count, ranked, select_within
 from sparc3.unfinished import Unfinished, note_of
@@ -73,14 +74,22 @@ class Output:
             done = index
         return done
 
-    def save_state(self, index: int, tensors: Sequence[torch.Tensor], rank: int = 0) -> None:
-        """Keep what comes out of a block, for the next one."""
-        named = {str(number): tensor.cpu() for number, tensor in enumerate(tensors)}
-        self.run.save(self._file(f"state-{rank}", index), named)
+    def save_state(
+        self, index: int, tensors: Iterable[torch.Tensor], batches: Sequence[Batch], rank: int = 0
+    ) -> None:
+        """Keep what comes out of a block, for the next one; of all batches it may be more than memory holds."""
+        model = self.source.model
+        shapes = {
+            str(number): (model.dtype, (*batch["input_ids"].shape, model.config.hidden_size))
+            for number, batch in enumerate(batches)
+        }
+        with self.run.write(self._file(f"state-{rank}", index)) as file:
+            write_tensors(file, shapes, tensors, {})
 
-    def load_state(self, index: int, rank: int = 0) -> list[torch.Tensor]:
+    def load_state(self, index: int, rank: int = 0) -> Iterator[torch.Tensor]:
         stored, _ = read_header(self._file(f"state-{rank}", index))
-        return [stored[str(number)].read() for number in range(len(stored))]
+        for number in range(len(stored)):
+            yield stored[str(number)].read()
 
     def forget_states(self, rank: int = 0) -> None:
         """Remove what blocks left that were done before the one that is done last."""

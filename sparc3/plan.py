@@ -8,6 +8,8 @@ bytes of what one block received for all samples.
     activations   n (8 hidden + 4 attention + 6 intermediate) numbers: a block's graph and its backward
     moments       of SparseGPT: 4 bytes for each pair of inputs of a block's weights, 24 for each of the widest one's
     boundaries    (L + 1) S, gradients included, or about 2 sqrt(L) S where the blocks between are run again
+    states        2 S on disk: the gradients of the last block that was done, and of the one before
+    read buffers  beside a GPU: a block or what is outside, as it is read, and pinned copies of up to twice that
     selection     12 bytes for each weight of the largest tensor: ranked scores, bits, and the pruned weight
     logits        16 bytes for each of the logits in flight, beside what is outside of the blocks
     conversion    the checkpoint's bytes of a block, where the model is run in another dtype
@@ -227,13 +229,16 @@ def _way(
     }
     selected = {"selection": (2 if sequential else 1) * _SELECTION_BYTES * shape.largest_tensor}
     kept = {
-        "boundaries": boundary // max(1, shape.samples) if on_disk else held,
+        # One batch that goes into a block and what comes out of it.
+        "boundaries": 2 * batch * shape.width * shape.itemsize if on_disk else held,
         "conversion": shape.converted,
         "allocator": _THREADS_AND_LIBRARIES + copies * shape.small_weights + 4 * shape.small_prunable,
     }
     if budget.separate:
         device = {"process": _CUDA_CONTEXT, **computed}
-        host = {"process": budget.process, **kept, **selected, "read buffers": copies * shape.block}
+        # What was read, and pinned copies, which torch rounds up to powers of two and keeps.
+        buffers = 3 * max(shape.block, shape.outside)
+        host = {"process": budget.process, **kept, **selected, "read buffers": buffers}
     else:
         device, host = {"process": budget.process, **computed, **selected, **kept}, {}
     scores = 4 * shape.prunable if pattern == "global" else 0

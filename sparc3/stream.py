@@ -128,8 +128,8 @@ class _Backward:
 
     def done(self, index: int) -> None:
         # Before the sums go on: what the last process calls done, every one can resume from.
-        gradients = [self.boundaries.get((GRADIENT, number)) for number in range(len(self.batches))]
-        self.output.save_state(index, gradients, self.ranks.rank)
+        gradients = (self.boundaries.get((GRADIENT, number)) for number in range(len(self.batches)))
+        self.output.save_state(index, gradients, self.batches, self.ranks.rank)
         self.ranks.send(self.sink.sums.values())
         if self.ranks.writes:
             self.output.scored(index, self.sink.take())
@@ -156,7 +156,7 @@ def _in_sweep(job: Job, source: Streamed, output: Output) -> None:
         return new
 
     def done(index: int, outputs: list[torch.Tensor]) -> None:
-        output.save_state(index, outputs)
+        output.save_state(index, outputs, batches)
         if output.is_global:
             output.scored(index, scores)
         else:
@@ -165,9 +165,10 @@ def _in_sweep(job: Job, source: Streamed, output: Output) -> None:
         for parts in (scores, bits, values):
             parts.clear()
 
+    batches = batches_on(source.device, job.samples)
     sweep(
         source.model,
-        batches_on(source.device, job.samples),
+        batches,
         output.weights,
         score if output.is_global else choose,
         gram=job.method == "sparsegpt",
@@ -175,7 +176,7 @@ def _in_sweep(job: Job, source: Streamed, output: Output) -> None:
         home=torch.device("cpu"),
         done=done,
         start=start,
-        received=output.load_state(start - 1) if start else (),
+        received=list(output.load_state(start - 1)) if start else (),
     )
 
 

@@ -95,7 +95,7 @@ def test_what_a_gpu_and_the_host_hold():
         "conversion": 0,
         "allocator": (64 << 20) + 2 * BLOCK + 4 * PRUNABLE,
         "selection": 12 * 48 * 32,
-        "read buffers": 2 * BLOCK,
+        "read buffers": 3 * BLOCK,
     }
     assert "boundaries" not in way.device
     assert way.disk["scores"] == 4 * 9 * PRUNABLE

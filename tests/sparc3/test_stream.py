@@ -144,7 +144,7 @@ def test_every_way_gives_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr("sparc3.plan._LOGIT_BYTES", 0)
     monkeypatch.setattr("sparc3.plan._THREADS_AND_LIBRARIES", 0)
     monkeypatch.setattr("sparc3.shape._OWN_PAGES", 0)
-    folder = checkpoint(tmp_path / "model", num_hidden_layers=5)
+    folder = checkpoint(tmp_path / "model", num_hidden_layers=7)
     job = Job("lrp", 0.5, "row", SAMPLES)
     seen = set()
     for number, budget in enumerate(ways(folder, job)):
