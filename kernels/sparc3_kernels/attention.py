@@ -23,6 +23,16 @@ import torch
 from torch import Tensor
 
 from sparc3_kernels import triton_support as support
+from sparc3_kernels.attention_blocks import (
+    block_width,
+    keys_of,
+    last_contiguous,
+    load_block,
+    score_block,
+    seen_block,
+    sequence_of,
+    strides,
+)
 from sparc3_kernels.backend import choose
 from sparc3_kernels.triton_support import jit, tl
 
@@ -75,26 +85,6 @@ def attention_reference(
 
 
 @jit
-def score_block(raw, scale, softcap, SOFTCAP: tl.constexpr):
-    """s of raw = q . k; tanh(x) = 2 sigmoid(2 x) - 1."""
-    s = raw * scale
-    if SOFTCAP:
-        s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
-    return s
-
-
-@jit
-def seen_block(i, j, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which of keys j queries i see; i and j broadcast against each other."""
-    seen = (i < length) & (j < length)
-    if CAUSAL:
-        seen = seen & (i >= j)
-    if WINDOW:
-        seen = seen & (i - j < window)
-    return seen
-
-
-@jit
 def _attend(
     acc, maximum, total, q, k_ptr, v_ptr, k_t, v_t, first, last, i, length, width, scale, softcap, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
@@ -104,16 +94,8 @@ def _attend(
     d = tl.arange(0, BLOCK_D)
     for start in range(first, last, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        if MASKED:
-            live = (j < length)[:, None] if EVEN_D else (j < length)[:, None] & (d < width)[None, :]
-            k = tl.load(k_ptr + j[:, None] * k_t + d[None, :], mask=live, other=0.0)
-            v = tl.load(v_ptr + j[:, None] * v_t + d[None, :], mask=live, other=0.0)
-        elif EVEN_D:
-            k = tl.load(k_ptr + j[:, None] * k_t + d[None, :])
-            v = tl.load(v_ptr + j[:, None] * v_t + d[None, :])
-        else:
-            k = tl.load(k_ptr + j[:, None] * k_t + d[None, :], mask=(d < width)[None, :], other=0.0)
-            v = tl.load(v_ptr + j[:, None] * v_t + d[None, :], mask=(d < width)[None, :], other=0.0)
+        k = load_block(k_ptr, j, k_t, d, length, width, MASKED, EVEN_D)
+        v = load_block(v_ptr, j, v_t, d, length, width, MASKED, EVEN_D)
         s = score_block(tl.dot(q, tl.trans(k)), scale, softcap, SOFTCAP)
         s *= 1.4426950408889634  # exp2 is the hardware's
         if MASKED:
@@ -137,32 +119,19 @@ def _attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     # The last block of a causal sequence has the most keys: start with it.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    batch = sequence * batch_step  # 0 where sequences are packed
-    begin, end = tl.cast(0, tl.int64), tl.cast(tokens, tl.int64)
-    if begin_ptr is not None:
-        begin, end = tl.load(begin_ptr + sequence).to(tl.int64), tl.load(end_ptr + sequence).to(tl.int64)
-    length = (end - begin).to(tl.int32)
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    head = tl.program_id(1).to(tl.int64)
+    batch, begin, length = sequence_of(begin_ptr, end_ptr, batch_step, tokens)
     q_ptr += batch * q_b + head * q_h + begin * q_t
     k_ptr += batch * k_b + (head // group) * k_h + begin * k_t
     v_ptr += batch * v_b + (head // group) * v_h + begin * v_t
-    start = block * BLOCK_M
     i, d = start + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     mine = (i < length)[:, None] & (d < width)[None, :]
     q = tl.load(q_ptr + i[:, None] * q_t + d[None, :], mask=mine, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    first, last = 0, tl.where(start < length, length, 0)
-    whole = length // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        last = tl.minimum(last, start + BLOCK_M)
-        whole = tl.minimum(whole, start // BLOCK_N * BLOCK_N)
-    if WINDOW:
-        first = tl.maximum(0, start - window + 1) // BLOCK_N * BLOCK_N
-        whole = first
-    whole = tl.minimum(whole, last)
+    first, whole, last = keys_of(start, length, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     if not WINDOW:
         acc, maximum, total = _attend(
             acc, maximum, total, q, k_ptr, v_ptr, k_t, v_t, first, whole, i, length, width, scale, softcap, window,
@@ -181,33 +150,18 @@ def _attention_kernel(
     tl.store(lse_ptr + i, (maximum + tl.log2(total)) * 0.6931471805599453, mask=i < length)
 
 
-def block_width(width: int) -> int:
-    """Head dimension as a block has it."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of batch, head and token of [B, H, T, D]."""
-    return x.stride(0), x.stride(1), x.stride(2)
-
-
-def last_contiguous(x: Tensor) -> Tensor:
-    """x, or a copy where its last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _configuration(width: int, shared: int) -> dict[str, int]:
     """Sizes by head dimension and the chip's shared memory; none spills (tests/kernels/compile_gate.py)."""
     if width <= 64:
         block_m, block_n, warps, stages = (128, 64, 8, 3) if shared > 200_000 else (128, 64, 8, 2)
     elif width <= 128:
-        block_m, block_n, warps, stages = (128, 64, 8, 2) if shared > 200_000 else (64, 32, 4, 2)
+        block_m, block_n, warps, stages = (128, 64, 8, 2) if shared > 200_000 else (128, 32, 8, 2)
     else:
         block_m, block_n, warps, stages = (128, 64, 8, 2) if shared > 200_000 else (64, 32, 8, 2)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
-def _attention_triton(
+def attention_triton(
     q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None, end: Tensor | None,
     scale: float, causal: bool, window: int, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -248,35 +202,13 @@ torch.library.define(
 
 
 @torch.library.impl("sparc3::attention", "default")
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    begin: Any,
-    end: Any,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    arguments = (q, k, v, begin, end, scale, causal, window, softcap)
-    if choose("attention", {"triton": unfit(q, k, v)}) == "triton":
-        return _attention_triton(*arguments)
-    return attention_reference(*arguments)
+def _attention(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    in_triton = choose("attention", {"triton": unfit(q, k, v)}) == "triton"
+    return (attention_triton if in_triton else attention_reference)(q, k, v, *others)
 
 
 @torch.library.register_fake("sparc3::attention")
-def _attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    begin: Any,
-    end: Any,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, width = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(batch, tokens, heads, width), q.new_empty(batch, heads, tokens, dtype=dtype)

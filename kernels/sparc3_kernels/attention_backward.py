@@ -14,8 +14,8 @@ The plain gradient is scales of 1 and t = 1; AttnLRP 1/4, 1/4, 1/2 (Achtibat et 
 takes dv alone. t = 2 is the temperature-adjusted gradient of GIM (Edin et al. 2025, arXiv 2505.17630), up to the
 factor 1/t of that softmax, which belongs into q_scale and k_scale.
 
-Triton: dk and dv in one kernel over blocks of keys, dq in another over blocks of queries, P recomputed from lse in
-both: 7 products for the gradient (8 where D > 128 on sm_90), 2 for dv alone, no atomics, so the same bits every time.
+Triton: dk and dv in one kernel over blocks of keys, dq in `attention_query_gradient`, P recomputed from lse in both:
+7 products for the gradient (8 where D > 128 on sm_90), 2 for dv alone, no atomics, so the same bits every time.
 Where t is not 1 the forward runs once more at that temperature. Not yet measured on a GPU.
 """
 
@@ -26,17 +26,16 @@ import torch
 from torch import Tensor
 
 from sparc3_kernels import triton_support as support
-from sparc3_kernels.attention import (
-    _attention_triton,
+from sparc3_kernels.attention import attention_triton, check, scores_reference, unfit
+from sparc3_kernels.attention_blocks import (
     block_width,
-    check,
     last_contiguous,
+    load_block,
     score_block,
-    scores_reference,
-    seen_block,
+    sequence_of,
     strides,
-    unfit,
 )
+from sparc3_kernels.attention_query_gradient import query_gradient_triton
 from sparc3_kernels.backend import choose
 from sparc3_kernels.triton_support import jit, tl
 
@@ -91,19 +90,6 @@ def _delta_kernel(
 
 
 @jit
-def _load(pointer, rows, stride, d, length, width, MASKED: tl.constexpr, EVEN_D: tl.constexpr):
-    """A block [rows, D]; zeros beyond the sequence and the head."""
-    place = pointer + rows[:, None] * stride + d[None, :]
-    if MASKED:
-        live = (rows < length)[:, None] if EVEN_D else (rows < length)[:, None] & (d < width)[None, :]
-        return tl.load(place, mask=live, other=0.0)
-    elif EVEN_D:
-        return tl.load(place)
-    else:
-        return tl.load(place, mask=(d < width)[None, :], other=0.0)
-
-
-@jit
 def _keys_against(
     dk, dv, k, v, q_ptr, d_out_ptr, lse_ptr, lse_t_ptr, delta_ptr, q_t, d_out_t, first, last, j, length, width,
     scale, softcap, window, temperature, NEED_K: tl.constexpr, NEED_V: tl.constexpr, TEMPERED: tl.constexpr,
@@ -120,8 +106,8 @@ def _keys_against(
         i = start + tl.arange(0, BLOCK_M)
         # A query beyond the sequence has lse = inf and so P = 0; the row read in its place saves the masks.
         row = tl.minimum(i, length - 1)
-        q = _load(q_ptr, row, q_t, d, length, width, False, EVEN_D)
-        d_out = _load(d_out_ptr, row, d_out_t, d, length, width, False, EVEN_D)
+        q = load_block(q_ptr, row, q_t, d, length, width, False, EVEN_D)
+        d_out = load_block(d_out_ptr, row, d_out_t, d, length, width, False, EVEN_D)
         lse = tl.load(lse_ptr + i, mask=i < length, other=float("inf"))
         s = score_block(tl.dot(k, tl.trans(q)), scale, softcap, SOFTCAP)
         p = tl.exp2((s - lse[None, :]) * 1.4426950408889634)
@@ -158,17 +144,15 @@ def _key_value_kernel(
     BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * BLOCK_N
-    kv_head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    batch = sequence * batch_step  # 0 where sequences are packed
-    begin, end = tl.cast(0, tl.int64), tl.cast(tokens, tl.int64)
-    if begin_ptr is not None:
-        begin, end = tl.load(begin_ptr + sequence).to(tl.int64), tl.load(end_ptr + sequence).to(tl.int64)
-    length = (end - begin).to(tl.int32)
+    kv_head = tl.program_id(1).to(tl.int64)
+    batch, begin, length = sequence_of(begin_ptr, end_ptr, batch_step, tokens)
     j, d = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    k = _load(k_ptr + batch * k_b + kv_head * k_h + begin * k_t, j, k_t, d, length, width, True, EVEN_D)
+    k = load_block(k_ptr + batch * k_b + kv_head * k_h + begin * k_t, j, k_t, d, length, width, True, EVEN_D)
     v = k
     if NEED_K:
-        v = _load(v_ptr + batch * v_b + kv_head * v_h + begin * v_t, j, v_t, d, length, width, True, EVEN_D)
+        v = load_block(
+            v_ptr + batch * v_b + kv_head * v_h + begin * v_t, j, v_t, d, length, width, True, EVEN_D
+        )
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     first, last = 0, tl.where(start < length, length, 0)
@@ -195,80 +179,7 @@ def _key_value_kernel(
         tl.store(dk_ptr + place, (dk * k_factor).to(dk_ptr.dtype.element_ty), mask=live)
 
 
-@jit
-def _queries_against(
-    dq, q, d_out, lse, delta, k_ptr, v_ptr, k_t, v_t, first, last, i, length, width, scale, softcap, window,
-    temperature, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-):  # fmt: skip
-    """Queries i against the blocks of keys from `first` to `last`."""
-    d = tl.arange(0, BLOCK_D)
-    for start in range(first, last, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        k = _load(k_ptr, j, k_t, d, length, width, MASKED, EVEN_D)
-        v = _load(v_ptr, j, v_t, d, length, width, MASKED, EVEN_D)
-        s = score_block(tl.dot(q, tl.trans(k)), scale, softcap, SOFTCAP)
-        p = tl.exp2((s / temperature - lse[:, None]) * 1.4426950408889634)
-        if MASKED:
-            p = tl.where(seen_block(i[:, None], j[None, :], length, window, CAUSAL, WINDOW), p, 0.0)
-        dp = tl.dot(d_out, tl.trans(v))
-        ds = p * (dp - delta[:, None])
-        if SOFTCAP:
-            ds *= 1.0 - (s / softcap) * (s / softcap)
-        dq = tl.dot(ds.to(k.dtype), k, dq)
-    return dq
-
-
-@jit
-def _query_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, begin_ptr, end_ptr,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, batch_step, tokens, heads, group, width,
-    scale, softcap, window, temperature, q_factor,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-):  # fmt: skip
-    # The last block of a causal sequence has the most keys: start with it.
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    batch = sequence * batch_step  # 0 where sequences are packed
-    begin, end = tl.cast(0, tl.int64), tl.cast(tokens, tl.int64)
-    if begin_ptr is not None:
-        begin, end = tl.load(begin_ptr + sequence).to(tl.int64), tl.load(end_ptr + sequence).to(tl.int64)
-    length = (end - begin).to(tl.int32)
-    i, d = start + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    k_ptr += batch * k_b + (head // group) * k_h + begin * k_t
-    v_ptr += batch * v_b + (head // group) * v_h + begin * v_t
-    q = _load(q_ptr + batch * q_b + head * q_h + begin * q_t, i, q_t, d, length, width, True, EVEN_D)
-    row = (batch * tokens + begin) * heads + head
-    d_out = _load(d_out_ptr + row * width, i, heads * width, d, length, width, True, EVEN_D)
-    place = (batch * heads + head) * tokens + begin
-    lse = tl.load(lse_ptr + place + i, mask=i < length, other=float("inf"))
-    delta = tl.load(delta_ptr + place + i, mask=i < length, other=0.0)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    first, last = 0, tl.where(start < length, length, 0)
-    whole = length // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        last = tl.minimum(last, start + BLOCK_M)
-        whole = tl.minimum(whole, start // BLOCK_N * BLOCK_N)
-    if WINDOW:
-        first = tl.maximum(0, start - window + 1) // BLOCK_N * BLOCK_N
-        whole = first
-    whole = tl.minimum(whole, last)
-    if not WINDOW:
-        dq = _queries_against(
-            dq, q, d_out, lse, delta, k_ptr, v_ptr, k_t, v_t, first, whole, i, length, width, scale, softcap, window,
-            temperature, CAUSAL, WINDOW, SOFTCAP, False, BLOCK_N, BLOCK_D, EVEN_D,
-        )  # fmt: skip
-    dq = _queries_against(
-        dq, q, d_out, lse, delta, k_ptr, v_ptr, k_t, v_t, whole, last, i, length, width, scale, softcap, window,
-        temperature, CAUSAL, WINDOW, SOFTCAP, True, BLOCK_N, BLOCK_D, EVEN_D,
-    )  # fmt: skip
-    place = ((batch * heads + head) * tokens + begin + i)[:, None] * width + d[None, :]
-    live = (i < length)[:, None] & (d < width)[None, :]
-    tl.store(dq_ptr + place, (dq * q_factor).to(dq_ptr.dtype.element_ty), mask=live)
-
-
-def _key_value_configuration(width: int, need_qk: bool, shared: int) -> tuple[dict[str, int], bool]:
+def _configuration(width: int, need_qk: bool, shared: int) -> tuple[dict[str, int], bool]:
     """Sizes of the kernel over keys, and whether dk and dv are found apart (one product more).
 
     None spills (tests/kernels/compile_gate.py). With wgmma, the accumulators of both for 256 channels do not fit the
@@ -278,98 +189,62 @@ def _key_value_configuration(width: int, need_qk: bool, shared: int) -> tuple[di
     if width <= 64:
         block_m, block_n, warps, stages = (64, 128, 8, 2) if large else (32, 128, 8, 2)
     elif width <= 128:
-        block_m, block_n, warps, stages = (32, 128, 8, 2) if large else (64, 64, 8, 1 if need_qk else 2)
+        block_m, block_n, warps, stages = (32, 128, 8, 2) if large or not need_qk else (64, 64, 8, 1)
     else:
         block_m, block_n, warps, stages = (32, 64, 8, 2) if large else (32, 32, 8, 1)
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     return sizes, large and width > 128
 
 
-def _query_configuration(width: int, shared: int) -> dict[str, int]:
-    """Sizes of the kernel over queries; none spills (tests/kernels/compile_gate.py)."""
-    if width <= 64:
-        block_m, block_n, warps, stages = 128, 64, 8, 2
-    elif width <= 128:
-        block_m, block_n, warps, stages = (128, 64, 8, 2) if shared > 200_000 else (64, 64, 8, 1)
-    else:
-        block_m, block_n, warps, stages = (64, 64, 8, 2) if shared > 200_000 else (32, 64, 8, 1)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+def _delta_triton(out: Tensor, d_out: Tensor) -> Tensor:
+    """delta [B, H, T] of contiguous [B, T, H, D]."""
+    batch, tokens, heads, width = out.shape
+    delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=out.device)
+    support.launch(
+        _delta_kernel, (support.ceil_div(tokens, 32), heads, batch), out, d_out, delta, tokens, heads, width,
+        BLOCK_M=32, BLOCK_D=block_width(width), num_warps=4,
+    )  # fmt: skip
+    return delta
 
 
-def _attention_backward_triton(
+def attention_backward_triton(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, begin: Tensor | None,
     end: Tensor | None, scale: float, causal: bool, window: int, softcap: float,
     q_scale: float, k_scale: float, v_scale: float,
     temperature: float, need_qk: bool,
 ) -> Gradients:  # fmt: skip
-    (batch, heads, tokens, width), device = q.shape, q.device
-    q, k, v, d_out, out = (
-        last_contiguous(q),
-        last_contiguous(k),
-        last_contiguous(v),
-        d_out.contiguous(),
-        out.contiguous(),
-    )
-    block_d, shared = block_width(width), support.chip(device)[1]
-    group, sequences = heads // k.shape[1], batch if begin is None else len(begin)
-
-    def head_relevance(output: Tensor) -> Tensor:
-        delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=device)
-        grid = (support.ceil_div(tokens, 32), heads, batch)
-        support.launch(
-            _delta_kernel,
-            grid,
-            output,
-            d_out,
-            delta,
-            tokens,
-            heads,
-            width,
-            BLOCK_M=32,
-            BLOCK_D=block_d,
-            num_warps=4,
-        )
-        return delta
-
-    delta, lse_t = head_relevance(out), lse
-    delta_t, tempered = delta, need_qk and temperature != 1.0
+    """(dq, dk, dv, delta); dq and dk empty without need_qk."""
+    batch, heads, tokens, width = q.shape
+    q, k, v = (last_contiguous(x) for x in (q, k, v))
+    d_out, out = d_out.contiguous(), out.contiguous()
+    delta = _delta_triton(out, d_out)
+    lse_t, delta_t, tempered = lse, delta, need_qk and temperature != 1.0
     if tempered:
-        if softcap:
-            # c tanh(s / c) / t is a soft-cap of c / t on s / t.
-            out_t, lse_t = _attention_triton(
-                q, k, v, begin, end, scale / temperature, causal, window, softcap / temperature
-            )
-        else:
-            out_t, lse_t = _attention_triton(q, k, v, begin, end, scale / temperature, causal, window, 0.0)
-        delta_t = head_relevance(out_t)
+        # c tanh(s / c) / t is a soft-cap of c / t on s / t.
+        softer = (scale / temperature, causal, window, softcap / temperature)
+        out_t, lse_t = attention_triton(q, k, v, begin, end, *softer)
+        delta_t = _delta_triton(out_t, d_out)
     fresh = torch.empty_like if begin is None else torch.zeros_like
     dv = fresh(v, memory_format=torch.contiguous_format)
     dk = fresh(k, memory_format=torch.contiguous_format) if need_qk else k.new_empty(0)
-    common = (*strides(q), *strides(k), *strides(v), int(sequences == batch), tokens, heads, group, width)
-    switches: dict[str, Any] = {
-        "CAUSAL": causal,
-        "WINDOW": window > 0,
-        "SOFTCAP": softcap > 0,
-    }
-    sizes, apart = _key_value_configuration(block_d, need_qk, shared)
+    group, sequences = heads // k.shape[1], batch if begin is None else len(begin)
+    block_d = block_width(width)
+    sizes, apart = _configuration(block_d, need_qk, support.chip(q.device)[1])
     for need_k, need_v in ((True, False), (False, True)) if apart and need_qk else ((need_qk, True),):
         support.launch(
             _key_value_kernel, (support.ceil_div(tokens, sizes["BLOCK_N"]), k.shape[1], sequences),
-            *(q, k, v, d_out, lse, lse_t, delta_t, dk, dv, begin, end, *common),
+            *(q, k, v, d_out, lse, lse_t, delta_t, dk, dv, begin, end, *strides(q), *strides(k), *strides(v)),
+            *(int(sequences == batch), tokens, heads, group, width),
             *(scale, softcap, window, temperature, k_scale * scale, v_scale),
-            NEED_K=need_k, NEED_V=need_v, TEMPERED=tempered and need_k, BLOCK_D=block_d, EVEN_D=width == block_d,
-            **switches, **sizes,
+            NEED_K=need_k, NEED_V=need_v, TEMPERED=tempered and need_k, CAUSAL=causal, WINDOW=window > 0,
+            SOFTCAP=softcap > 0, BLOCK_D=block_d, EVEN_D=width == block_d, **sizes,
         )  # fmt: skip
     if not need_qk:
         return q.new_empty(0), dk, dv, delta
-    dq = fresh(q, memory_format=torch.contiguous_format)
-    sizes = _query_configuration(block_d, shared)
-    support.launch(
-        _query_kernel, (support.ceil_div(tokens, sizes["BLOCK_M"]), heads, sequences),
-        *(q, k, v, d_out, lse_t, delta_t, dq, begin, end, *common),
-        *(scale, softcap, window, temperature, q_scale * scale),
-        BLOCK_D=block_d, EVEN_D=width == block_d, **switches, **sizes,
-    )  # fmt: skip
+    dq = query_gradient_triton(
+        *(q, k, v, d_out, lse_t, delta_t, begin, end, scale, causal, window, softcap, temperature),
+        q_scale * scale,
+    )
     return dq, dk, dv, delta
 
 
@@ -385,9 +260,9 @@ torch.library.define(
 
 @torch.library.impl("sparc3::attention_backward", "default")
 def _attention_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Gradients:
-    if choose("attention_backward", {"triton": unfit(q, k, v, d_out)}) == "triton":
-        return _attention_backward_triton(d_out, q, k, v, *others)
-    return attention_backward_reference(d_out, q, k, v, *others)
+    in_triton = choose("attention_backward", {"triton": unfit(q, k, v, d_out)}) == "triton"
+    run = attention_backward_triton if in_triton else attention_backward_reference
+    return run(d_out, q, k, v, *others)
 
 
 @torch.library.register_fake("sparc3::attention_backward")
