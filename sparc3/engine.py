@@ -12,7 +12,7 @@ at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,14 +21,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparc3.autograd import Unscored, linear_forward
 from sparc3.boundaries import Boundaries, InMemory
 from sparc3.families import blocks_of
-from sparc3.targets import Batch, TargetFunction, explained, next_tokens
+from sparc3.head import target_gradient
+from sparc3.targets import Batch, TargetFunction
 from sparc3.weights import Resident, WeightSource
-
-# Logits in flight, in elements: 64 MiB in fp32, small beside a block and large enough to fill a GEMM.
-LOGITS_IN_FLIGHT = 1 << 24
 
 
 class Blocks:
@@ -322,48 +319,6 @@ def _shared(
         return mine
 
     return calls if others is None else share(calls, others)
-
-
-def target_gradient(
-    blocks: Blocks, hidden: torch.Tensor, batch: Batch, target: str | TargetFunction, positions: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(explained scalar [B], its gradient [B, T, D]) at the last block's output ``hidden`` [B, T, D]."""
-    leaf = hidden.detach().requires_grad_()
-    samples, length = batch["input_ids"].shape
-    if not isinstance(target, str):
-        everything = torch.arange(length, device=hidden.device)
-        with torch.enable_grad():
-            value = target(blocks.logits(leaf, batch, everything), batch)
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), gradient
-    labels = next_tokens(batch, positions)
-    wanted = torch.nonzero((labels >= 0).any(0)).squeeze(1)
-    chunk = max(1, LOGITS_IN_FLIGHT // (samples * blocks.model.config.vocab_size))
-    head = blocks.model.get_output_embeddings()
-    scored = "forward" in vars(head)
-    if scored:
-        # The head's own relevance is wanted (see sparc3.wrap), and it is reduced over whole samples.
-        wanted, chunk = torch.arange(length, device=hidden.device), length
-    value = torch.zeros(samples, device=hidden.device, dtype=torch.float32)
-    with nullcontext() if scored else _unscored(head):
-        for some in wanted.split(chunk):
-            with torch.enable_grad():
-                part = explained(blocks.logits(leaf, batch, some), labels[:, some], target)
-                part.sum().backward()
-            value += part.detach()
-    gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-    return value, gradient
-
-
-@contextmanager
-def _unscored(head: Any) -> Iterator[None]:
-    """Within the context the backward of the LM head is autograd.Unscored."""
-    forward = linear_forward(head, head.forward)
-    head.forward = lambda hidden: Unscored.apply(hidden, forward, head.weight)
-    try:
-        yield
-    finally:
-        del head.forward
 
 
 def free_memory(device: torch.device) -> int:

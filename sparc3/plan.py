@@ -23,8 +23,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from sparc3.compress import SEQUENTIAL
-from sparc3.engine import LOGITS_IN_FLIGHT
 from sparc3.errors import InputError
+from sparc3.head import LOGITS_IN_FLIGHT
 from sparc3.shape import Shape
 from sparc3.sizes import exact_size, size
 

@@ -7,7 +7,7 @@ import torch
 from oracle import residual_gradients, weight_gradients
 from tiny import VOCABULARY, batch, build, singles
 
-from sparc3 import engine
+from sparc3 import engine, head
 from sparc3.boundaries import InMemory, OnDisk
 from sparc3.engine import (
     GRADIENT,
@@ -16,10 +16,10 @@ from sparc3.engine import (
     attribute_batch,
     attribute_batches,
     free_memory,
-    target_gradient,
 )
 from sparc3.errors import InputError
 from sparc3.families import prunable
+from sparc3.head import target_gradient
 from sparc3.plan import boundaries_held
 from sparc3.rules import Rule
 from sparc3.scores import Accumulators, accumulate
@@ -159,10 +159,10 @@ def test_the_same_input_gives_the_same_bits():
 def test_chunks_of_positions_do_not_matter(monkeypatch):
     model, inputs = build("gemma2", "eager"), batch()
     value, gradient, sums = run(model, inputs)
-    monkeypatch.setattr(engine, "LOGITS_IN_FLIGHT", 3 * 5 * VOCABULARY)  # 5 of 11 positions at a time
+    monkeypatch.setattr(head, "LOGITS_IN_FLIGHT", 3 * 5 * VOCABULARY)  # 5 of 11 positions at a time
     seen = []
     monkeypatch.setattr(
-        engine, "explained", lambda logits, *rest: seen.append(logits.shape[1]) or explained(logits, *rest)
+        head, "explained", lambda logits, *rest: seen.append(logits.shape[1]) or explained(logits, *rest)
     )
     chunked = run(model, inputs)
     assert seen == [5, 5, 1]

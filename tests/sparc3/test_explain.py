@@ -12,7 +12,7 @@ import torch
 from oracle import reference_rules
 from tiny import CONFIGS, VOCABULARY, batch, build, singles, state
 
-from sparc3 import engine
+from sparc3 import head
 from sparc3.errors import InputError
 from sparc3.explain import relevance
 from sparc3.families import blocks_of, family_of, find, prunable
@@ -306,7 +306,7 @@ def test_recomputing_gives_the_same_bits_as_keeping(monkeypatch):
     for kind in KINDS:
         for layer, ours in getattr(kept, kind).items():
             assert torch.equal(ours, getattr(recomputed, kind)[layer])
-    monkeypatch.setattr(engine, "LOGITS_IN_FLIGHT", 3 * 2 * VOCABULARY)  # 2 positions at a time
+    monkeypatch.setattr(head, "LOGITS_IN_FLIGHT", 3 * 2 * VOCABULARY)  # 2 positions at a time
     with relevance(model, positions="all") as r:
         r.backward(batch())
     expected = [

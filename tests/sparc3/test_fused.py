@@ -9,13 +9,18 @@ import torch
 from oracle import weight_gradients
 from sparc3_kernels import backend
 from sparc3_kernels.backend import unavailable
+from sparc3_kernels.lm_head import lm_head_target
 from sparc3_kernels.triton_support import interpreting
-from tiny import batch, build, singles, state
+from tiny import _GATED, batch, build, singles, state
+from transformers import AutoModelForCausalLM, GraniteConfig
 
+from sparc3 import families, head
+from sparc3.engine import Blocks
 from sparc3.families import prunable
+from sparc3.head import target_gradient
 from sparc3.rules import Rule
 from sparc3.scores import Accumulators, accumulate
-from sparc3.targets import target_value
+from sparc3.targets import TARGETS, target_value
 from sparc3.wrap import wrap
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -63,6 +68,43 @@ def test_logits_agree_to_rounding(rule):
             ours = model(**inputs, use_cache=False).logits
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(ours[real], plain[real], rtol=1e-5, atol=1e-5)
+
+
+def targets_of(model, inputs, target, positions, monkeypatch):
+    """(value, gradient) with the kernels, the same on the reference, and how often the op of the LM head ran."""
+    calls = []
+    monkeypatch.setattr(head, "lm_head_target", lambda *args: calls.append(args) or lm_head_target(*args))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*inputs["input_ids"].shape, model.config.hidden_size, generator=generator).to(DEVICE)
+    results = []
+    for name in ("triton", "reference"):
+        with backend(name), wrap(model, Rule()):
+            results.append(target_gradient(Blocks(model), hidden, inputs, target, positions))
+    assert "forward" not in vars(model.get_output_embeddings())
+    return *results, len(calls)
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_target_runs_in_one_op(name, target, positions, monkeypatch):
+    model, inputs = on_device(name)
+    mine, exact, calls = targets_of(model, inputs, target, positions, monkeypatch)
+    assert calls == (target != "max-logit")  # the one target that the op does not know
+    for one, other in zip(mine, exact, strict=True):
+        # fp32: sums over 12 positions of sums over 97 words and 32 channels
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_logits_that_the_model_scales_are_left_to_the_model(monkeypatch):
+    monkeypatch.setitem(families.FAMILIES, "granite", families.Family())
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GraniteConfig(**_GATED, logits_scaling=8.0)).eval().to(DEVICE)
+    _, inputs = on_device("llama")
+    mine, exact, calls = targets_of(model, inputs, "logprob", "all", monkeypatch)
+    assert not calls
+    for one, other in zip(mine, exact, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
 
 
 def test_a_mask_that_no_kernel_knows_takes_the_models_own_attention():

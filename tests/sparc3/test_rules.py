@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny import batch, build
 
-from sparc3.engine import Blocks, target_gradient
+from sparc3.engine import Blocks
 from sparc3.errors import InputError
 from sparc3.families import prunable
+from sparc3.head import target_gradient
 from sparc3.rules import PRESETS, Rule
 from sparc3.scores import Accumulators
 from sparc3.wrap import wrap

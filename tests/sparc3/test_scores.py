@@ -13,7 +13,7 @@ from oracle import token_gradients, weight_gradients
 from tiny import VOCABULARY, batch, build, singles, state
 
 import sparc3.scores
-from sparc3 import engine
+from sparc3 import head
 from sparc3.errors import InputError
 from sparc3.families import prunable
 from sparc3.rules import Rule
@@ -101,7 +101,7 @@ def test_tokens(name, reduce, skip_first):
 def test_the_head_is_reduced_over_a_sample_whatever_the_chunks(monkeypatch, positions, skip_first):
     model = build("llama")
     weights = prunable(model, include=["lm_head.weight"])
-    monkeypatch.setattr(engine, "LOGITS_IN_FLIGHT", 3 * 2 * VOCABULARY)  # 2 positions at a time
+    monkeypatch.setattr(head, "LOGITS_IN_FLIGHT", 3 * 2 * VOCABULARY)  # 2 positions at a time
     sink = Accumulators(weights, "abs", skip_first)
     accumulate(model, [batch()], Rule(), "logprob", positions, weights, sink)
     target = partial(target_value, target="logprob", positions=positions)
