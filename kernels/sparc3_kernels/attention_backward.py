@@ -15,7 +15,7 @@ takes dv alone. t = 2 is the temperature-adjusted gradient of GIM (Edin et al. 2
 factor 1/t of that softmax, which belongs into q_scale and k_scale.
 
 Triton: dk and dv in one kernel over blocks of keys, dq in `attention_query_gradient`, P recomputed from lse in both:
-7 products for the gradient (8 where D > 128 on sm_90), 2 for dv alone, no atomics, so the same bits every time.
+7 products for the gradient (on sm_90 8 for the widest heads), 2 for dv alone, no atomics, so the same bits always.
 Where t is not 1 the forward runs once more at that temperature. Not yet measured on a GPU.
 """
 
@@ -179,21 +179,23 @@ def _key_value_kernel(
         tl.store(dk_ptr + place, (dk * k_factor).to(dk_ptr.dtype.element_ty), mask=live)
 
 
-def _configuration(width: int, need_qk: bool, shared: int) -> tuple[dict[str, int], bool]:
+def _configuration(width: int, need_qk: bool, softcap: bool, shared: int) -> tuple[dict[str, int], bool]:
     """Sizes of the kernel over keys, and whether dk and dv are found apart (one product more).
 
     None spills (tests/kernels/compile_gate.py). With wgmma, the accumulators of both for 256 channels do not fit the
-    registers; without it, neither do larger tiles.
+    registers, nor do those for 128 beside a soft-cap and the masks of a narrower head; without it, neither do larger
+    tiles.
     """
     large = shared > 200_000  # sm_90
-    if width <= 64:
+    block_d = block_width(width)
+    if block_d <= 64:
         block_m, block_n, warps, stages = (64, 128, 8, 2) if large else (32, 128, 8, 2)
-    elif width <= 128:
+    elif block_d <= 128:
         block_m, block_n, warps, stages = (32, 128, 8, 2) if large or not need_qk else (64, 64, 8, 1)
     else:
         block_m, block_n, warps, stages = (32, 64, 8, 2) if large else (32, 32, 8, 1)
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-    return sizes, large and width > 128
+    return sizes, large and (block_d > 128 or (softcap and 64 < width < 128))
 
 
 def _delta_triton(out: Tensor, d_out: Tensor) -> Tensor:
@@ -229,7 +231,7 @@ def attention_backward_triton(
     dk = fresh(k, memory_format=torch.contiguous_format) if need_qk else k.new_empty(0)
     group, sequences = heads // k.shape[1], batch if begin is None else len(begin)
     block_d = block_width(width)
-    sizes, apart = _configuration(block_d, need_qk, support.chip(q.device)[1])
+    sizes, apart = _configuration(width, need_qk, softcap > 0, support.chip(q.device)[1])
     for need_k, need_v in ((True, False), (False, True)) if apart and need_qk else ((need_qk, True),):
         support.launch(
             _key_value_kernel, (support.ceil_div(tokens, sizes["BLOCK_N"]), k.shape[1], sequences),

@@ -98,6 +98,7 @@ CASES = {
     "more than a block, shared heads": (1, 2, 1, 150, 32, True, 0, 0.0, (), False),
     "64 heads over 8": (1, 64, 8, 3, 16, True, 0, 0.0, (), False),
     "width 80": (1, 2, 2, 40, 80, True, 0, 0.0, (), False),
+    "width 80, soft-cap": (1, 2, 2, 40, 80, True, 0, 2.0, (), False),
     "width 96": (1, 2, 1, 40, 96, True, 0, 0.0, (), False),
     "width 128": (1, 2, 1, 70, 128, True, 0, 0.0, (), False),
     "width 256": (1, 1, 1, 70, 256, True, 0, 0.0, (), False),

@@ -1,21 +1,25 @@
-"""bench/gpu.py as far as it goes without a GPU: a case of each op, checked against its reference, and the table."""
+"""bench/gpu.py as far as it goes without a GPU: a case of each op and a whole model, checked, and the table."""
 
 import io
 
 import pytest
 import torch
-from gpu import measure, table
+from gpu import measure, table, whole_model
 from gpu_cases import cases
 from rich.console import Console
 from sparc3_kernels import backend
 from sparc3_kernels.backend import unavailable
 
 KINDS = (
+    "backward attnlrp",
     "backward cp",
     "window 1024",
     "weight relevance abs 16x128 4096",
     "RMSNorm forward",
-    "SwiGLU backward",
+    "RMSNorm backward",
+    "LayerNorm forward",
+    "SwiGLU forward",
+    "GeGLU backward",
     "LM head",
 )
 
@@ -38,3 +42,16 @@ def test_cases_agree_with_their_reference_and_fill_the_table() -> None:
     page = io.StringIO()
     Console(file=page, width=200).print(table(results, {"copy": 1e9, "product": 1e9}))
     assert all(case.name in page.getvalue() for case in chosen)
+
+
+def test_a_whole_model_with_its_peers_in_processes_of_their_own() -> None:
+    if torch.cuda.is_available() or unavailable("triton"):
+        pytest.skip("a dry run takes Triton's interpreter")
+    result = whole_model(True, ("sparc3", "lxt"))
+    assert result["errors"]["sparc3"] <= 1e-4  # what gpu_model.py demands of fp32
+    assert result["flops"] > 0
+    # LXT is not among what the tests install.
+    assert "lxt" in result["ms"] or "No module named 'lxt'" in result["skipped"]["lxt"]
+    page = io.StringIO()
+    Console(file=page, width=200).print(table([result], {"copy": 1e9, "product": 1e9}))
+    assert result["case"] in page.getvalue()
