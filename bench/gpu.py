@@ -5,7 +5,8 @@
 
 A case is ours and its peers on the same inputs, and a floor: the bytes it must move, or the flops it must do. Each
 call takes the next of several copies of its inputs, so that the L2 cache does not hold them; a time is the median of
-single calls between CUDA events, the implementations taking turns. Peers that cannot be imported or do not run are
+single calls between CUDA events (of calls in a CUDA graph where launching takes as long), the implementations taking
+turns. The whole model comes first, each way in a process of its own. Peers that cannot be imported or do not run are
 named with the reason. Results go to bench/results/DATE-GPU.json with versions and commit.
 """
 
@@ -13,55 +14,29 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import json
 import os
-import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_cases import Case, cases
+from gpu_case import Case
+from gpu_cases import cases
+from gpu_model import WAYS
+from gpu_timing import in_graph, median_ms
 from rich.console import Console
 from rich.table import Table
 from sparc3_kernels import backend
 
 _SECONDS = 500  # for everything: under nine minutes with the start
+_MODEL_SECONDS = 60  # for each way through a whole model, at most
+_WHOLE_MODEL = "whole model, Llama-3-8B shape, 2048 tokens, all weights, abs per sample"
 _COLD_BYTES = 128 << 20  # copies of the inputs take at least this much, twice the largest L2
-
-
-def median_ms(calls: dict[str, Callable[[int], Any]], dry: bool, seconds: float) -> dict[str, float]:
-    """Median time of each implementation, taking turns."""
-    if dry:
-        return {name: _once(call) for name, call in calls.items()}
-    for call, index in itertools.product(calls.values(), range(3)):
-        call(index)
-    torch.cuda.synchronize()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end, index = time.monotonic() + seconds, 0
-    while time.monotonic() < end and index < 100:
-        events = {}
-        for name, call in calls.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call(index)
-            stop.record()
-            events[name] = start, stop
-        torch.cuda.synchronize()
-        for name, (start, stop) in events.items():
-            times[name].append(start.elapsed_time(stop))
-        index += 1
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _once(call: Callable[[int], Any]) -> float:
-    start = time.perf_counter()
-    call(0)
-    return (time.perf_counter() - start) * 1e3
 
 
 def measure(case: Case, device: torch.device, dry: bool, seconds: float) -> dict[str, Any]:
@@ -102,7 +77,42 @@ def measure(case: Case, device: torch.device, dry: bool, seconds: float) -> dict
         calls[name] = lambda index, run=run: run(*sets[index % len(sets)])
     for name, run in made.rates.items():
         calls[name] = lambda index, run=run: run(*sets[index % len(sets)])
-    result["ms"] = median_ms(calls, dry, seconds)
+    graphs = made.short and not dry
+    if graphs:
+        calls = {name: in_graph(call, copies) for name, call in calls.items()}
+    times = median_ms(calls, dry, seconds)
+    result["ms"] = {name: ms / copies if graphs else ms for name, ms in times.items()}
+    return result
+
+
+def whole_model(dry: bool, ways: Sequence[str] = WAYS) -> dict[str, Any]:
+    """Ways to attribute a whole model, as `measure` gives a case, and the peak of memory of each."""
+    result: dict[str, Any] = {
+        "case": _WHOLE_MODEL,
+        "bytes": 0,
+        "flops": 0,
+        "skipped": {},
+        "errors": {},
+        "ms": {},
+        "peak_bytes": {},
+    }
+    for way in ways:
+        command = [sys.executable, str(Path(__file__).with_name("gpu_model.py")), way]
+        try:
+            finished = subprocess.run(
+                command + ["--dry"] * dry, capture_output=True, text=True, timeout=_MODEL_SECONDS, check=True
+            )
+        except subprocess.TimeoutExpired:
+            result["skipped"][way] = f"took more than {_MODEL_SECONDS} s"
+            continue
+        except subprocess.CalledProcessError as problem:
+            result["skipped"][way] = (problem.stderr.strip().splitlines() or ["no message"])[-1][:200]
+            continue
+        found = json.loads(finished.stdout.splitlines()[-1])
+        result["ms"][way], result["peak_bytes"][way] = found["ms"], found["peak_bytes"]
+        result["flops"] = found["flops"]
+        if "error" in found:
+            result["errors"][way] = found["error"]
     return result
 
 
@@ -131,19 +141,22 @@ def versions() -> dict[str, str]:
 def table(results: list[dict[str, Any]], limits: dict[str, float]) -> Table:
     """Ratios: each peer's time over ours, and ours against the floor."""
     shown = Table(title="peer / ours above 1: ours is faster; floor / ours: share of the measured ceiling")
-    for column in ("case", "implementation", "ms", "peer / ours", "floor / ours"):
+    for column in ("case", "implementation", "ms", "peer / ours", "floor / ours", "peak GiB"):
         shown.add_column(column, justify="left" if column in ("case", "implementation") else "right")
     for result in results:
-        ours = min(ms for name, ms in result["ms"].items() if name.startswith("sparc3"))
+        ours = min(
+            (ms for name, ms in result["ms"].items() if name.startswith("sparc3")), default=float("nan")
+        )
         floor = 1e3 * max(result["bytes"] / limits["copy"], result["flops"] / limits["product"])
         for name, ms in sorted(result["ms"].items(), key=lambda item: item[1]):
             mine = name.startswith("sparc3")
             shown.add_row(
                 *(result["case"], name, f"{ms:.3f}", "" if mine else f"{ms / ours:.2f}"),
                 f"{floor / ms:.0%}" if mine else "",
+                f"{peak / 2**30:.1f}" if (peak := result.get("peak_bytes", {}).get(name)) else "",
             )
         for name, reason in result["skipped"].items():
-            shown.add_row(result["case"], name, "-", reason[:60], "")
+            shown.add_row(result["case"], name, "-", reason[:60], "", "")
         shown.add_section()
     return shown
 
@@ -163,9 +176,12 @@ def main() -> None:
     torch.manual_seed(0)
     chosen = [case for case in cases() if arguments.only in case.name]
     console, results = Console(width=150), []
+    started = time.monotonic()
+    if arguments.only in _WHOLE_MODEL:
+        console.print(_WHOLE_MODEL)
+        results.append(whole_model(arguments.dry))
     with backend("triton"):
         limits = ceilings(device, arguments.dry)
-        started = time.monotonic()
         for number, case in enumerate(chosen):
             left = _SECONDS - (time.monotonic() - started)
             if left < 10:

@@ -6,58 +6,19 @@ that one that is not installed is skipped with the reason.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from gpu_case import Case, Implementation, Made, compiled, normal
+from gpu_row_cases import gated_mlp_cases, norm_cases
 from sparc3_kernels import accumulate_weight_relevance_
-from sparc3_kernels.attention import attention
+from sparc3_kernels.attention import attention, beats_sdpa
 from sparc3_kernels.attention_backward import attention_backward
-from sparc3_kernels.gated_mlp import gated_product, gated_product_backward, gated_product_backward_reference
 from sparc3_kernels.lm_head import lm_head_target
-from sparc3_kernels.norm import rms_norm, rms_norm_backward
 from torch.nn import functional as F
 
-Implementation = Callable[..., tuple[torch.Tensor, ...]]
-
-
-@dataclass
-class Made:
-    """Inputs, what they must give, and who gives it.
-
-    Attributes:
-        bytes, flops: the least that any implementation moves and does.
-        tolerance: largest relative error (norm over norm) that is timed; bf16 rounds at 2^-8.
-        rates: timed without a check, because they do less: what ours is held against.
-    """
-
-    inputs: list[Any]
-    reference: Implementation
-    implementations: dict[str, Implementation]
-    bytes: int = 0
-    flops: int = 0
-    tolerance: float = 2e-2
-    rates: dict[str, Implementation] = field(default_factory=dict)
-
-
-@dataclass
-class Case:
-    """A name and a function of (device, dry) that makes the inputs."""
-
-    name: str
-    make: Callable[[torch.device, bool], Made]
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
-
-
-def _normal(device: torch.device, *shape: int) -> torch.Tensor:
-    # Triton's interpreter computes on the raw bits of bf16.
-    return torch.randn(*shape, device=device).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+from sparc3.autograd import scale_gradient
 
 
 def _attention(
@@ -68,9 +29,9 @@ def _attention(
     def make(device: torch.device, dry: bool) -> Made:
         length, many, few = (64, 2, 1) if dry else (tokens, heads, kv_heads)
         span = min(window, length // 2) if dry else window
-        q = _normal(device, 1, many, length, width)
-        k, v = _normal(device, 1, few, length, width), _normal(device, 1, few, length, width)
-        d_out = _normal(device, 1, length, many, width)
+        q = normal(device, 1, many, length, width)
+        k, v = normal(device, 1, few, length, width), normal(device, 1, few, length, width)
+        d_out = normal(device, 1, length, many, width)
         settings: dict[str, Any] = {"window": span, "softcap": softcap}
         out, lse = attention(q, k, v, **settings)
         need_qk = rule != "cp"
@@ -82,8 +43,8 @@ def _attention(
 
         graphs: dict[tuple[str, int], Any] = {}
 
-        def backward(name: str, forward: Callable[..., torch.Tensor]) -> Implementation:
-            """Time the backward alone: the forward is run once for each copy of the inputs."""
+        def backward(name: str, forward: Callable[..., torch.Tensor], scaled: bool = False) -> Implementation:
+            """Time the backward alone: the forward, `scaled` or not, is run once for each copy of the inputs."""
 
             def run(q: Any, k: Any, v: Any, d_out: Any, out: Any, lse: Any) -> tuple[torch.Tensor, ...]:
                 if (key := (name, q.data_ptr())) not in graphs:
@@ -92,9 +53,27 @@ def _attention(
                 leaves, output = graphs[key]
                 wanted = leaves if need_qk else leaves[2:]
                 found = torch.autograd.grad(output, wanted, d_out.transpose(1, 2), retain_graph=True)
+                if scaled:
+                    return found
                 return tuple(g * scale for g, scale in zip(found, scales[-len(found) :], strict=True))
 
             return run
+
+        def dispatched(q: Any, k: Any, v: Any) -> torch.Tensor:
+            parts = (scale_gradient(x, scale) for x, scale in zip((q, k, v), scales, strict=True))
+            return F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+
+        def lxt(q: Any, k: Any, v: Any) -> torch.Tensor:
+            if span or softcap:
+                raise NotImplementedError("LXT wraps SDPA, which has no window or soft-cap")
+            from lxt.efficient import patches
+
+            wrap = patches.wrap_attention_forward if need_qk else patches.cp_wrap_attention_forward
+            forward = wrap(
+                lambda _, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            )
+            # The function is made for modules of transformers; none is read.
+            return forward(None, q, k, v)
 
         def sdpa(kind: str) -> Callable[..., torch.Tensor]:
             def forward(q: Any, k: Any, v: Any) -> torch.Tensor:
@@ -117,7 +96,7 @@ def _attention(
                 return softcap * torch.tanh(score / softcap)
 
             mask = create_block_mask(seen, None, None, length, length, device=device)
-            run = flex_attention if dry else _compiled(flex_attention)
+            run = flex_attention if dry else compiled(flex_attention)
             return run(q, k, v, score_mod=capped if softcap else None, block_mask=mask, enable_gqa=True)
 
         def reference(q: Any, k: Any, v: Any, d_out: Any, out: Any, lse: Any) -> tuple[torch.Tensor, ...]:
@@ -144,12 +123,16 @@ def _attention(
 
         area = length * length / 2 if not span else span * length - span * span / 2
         kinds = ("MATH",) if dry else ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
+        implementations = {"sparc3": ours}
+        if not beats_sdpa(width, softcap, span, need_qk):
+            implementations["sparc3 as dispatched"] = backward("dispatched", dispatched, scaled=True)
+        implementations |= {f"sdpa {kind.lower()} + scalings": backward(kind, sdpa(kind)) for kind in kinds}
+        implementations["flex_attention compiled + scalings"] = backward("flex", flex)
+        implementations["LXT's wrapper of sdpa"] = backward("lxt", lxt, scaled=True)
         return Made(
             [q, k, v, d_out, out, lse],
             reference,
-            {"sparc3": ours}
-            | {f"sdpa {kind.lower()} + scalings": backward(kind, sdpa(kind)) for kind in kinds}
-            | {"flex_attention compiled + scalings": backward("flex", flex)},
+            implementations,
             flops=int((10 if need_qk else 4) * area * width * many),
         )
 
@@ -165,7 +148,7 @@ def _loop_over_samples(total: torch.Tensor, weight: torch.Tensor, g: torch.Tenso
 def _weight_relevance(samples: int, length: int, n: int, k: int) -> Case:
     def make(device: torch.device, dry: bool) -> Made:
         s, t, rows, columns = (2, 20, 40, 72) if dry else (samples, length, n, k)
-        g, x = _normal(device, s, t, rows), _normal(device, s, t, columns)
+        g, x = normal(device, s, t, rows), normal(device, s, t, columns)
         acc = torch.zeros(rows, columns, device=device)
         ones = torch.ones(rows, columns, dtype=g.dtype, device=device)
 
@@ -174,7 +157,7 @@ def _weight_relevance(samples: int, length: int, n: int, k: int) -> Case:
 
         def by_hand(compiled: bool) -> Implementation:
             def run(acc: Any, g: Any, x: Any, ones: Any) -> tuple[torch.Tensor, ...]:
-                (_compiled(_loop_over_samples) if compiled else _loop_over_samples)(acc.zero_(), ones, g, x)
+                (compiled(_loop_over_samples) if compiled else _loop_over_samples)(acc.zero_(), ones, g, x)
                 return (acc,)
 
             return run
@@ -202,98 +185,10 @@ def _weight_relevance(samples: int, length: int, n: int, k: int) -> Case:
     return Case(f"weight relevance abs {samples}x{length} {n}x{k}", make)
 
 
-def _norm(tokens: int, width: int) -> Case:
-    def make(device: torch.device, dry: bool) -> Made:
-        rows, d = (8, 64) if dry else (tokens, width)
-        dy, x, weight = _normal(device, rows, d), _normal(device, rows, d), _normal(device, d)
-        _, _, scale = rms_norm(x, weight, 1e-6)
-
-        def ours(dy: Any, x: Any, weight: Any, scale: Any) -> tuple[torch.Tensor, ...]:
-            return (rms_norm_backward(dy, x, weight, 1e-6, 0.0, 0.0, scale),)
-
-        def plain(dy: Any, x: Any, weight: Any, scale: Any) -> tuple[torch.Tensor, ...]:
-            return ((dy.float() * weight.float() * scale[:, None]).to(dy.dtype),)
-
-        peers = {"eager": plain}
-        if not dry:
-            peers["torch.compile"] = lambda *inputs: _compiled(plain)(*inputs)
-        return Made([dy, x, weight, scale], plain, {"sparc3": ours} | peers, bytes=4 * rows * d)
-
-    return Case(f"RMSNorm backward, scale constant, {tokens}x{width}", make)
-
-
-def _norm_forward(tokens: int, width: int) -> Case:
-    def make(device: torch.device, dry: bool) -> Made:
-        rows, d = (8, 64) if dry else (tokens, width)
-        x, weight = _normal(device, rows, d), _normal(device, d)
-
-        def plain(x: Any, weight: Any) -> tuple[torch.Tensor, ...]:
-            return (F.rms_norm(x.float(), (d,), weight.float(), 1e-6).to(x.dtype),)
-
-        def liger(x: Any, weight: Any) -> tuple[torch.Tensor, ...]:
-            from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-            return (LigerRMSNormFunction.apply(x, weight, 1e-6, 0.0, "llama", False),)
-
-        peers = {"eager": plain, "Liger-Kernel": liger}
-        if not dry:
-            peers["torch.compile"] = lambda *inputs: _compiled(plain)(*inputs)
-        ours = {"sparc3": lambda x, weight: (rms_norm(x, weight, 1e-6)[0],)}
-        return Made([x, weight], plain, ours | peers, bytes=4 * rows * d)
-
-    return Case(f"RMSNorm forward {tokens}x{width}", make)
-
-
-def _swiglu(tokens: int, width: int) -> Case:
-    def make(device: torch.device, dry: bool) -> Made:
-        rows, d = (8, 64) if dry else (tokens, width)
-        dp, gate, up = (_normal(device, rows, d) for _ in range(3))
-
-        def reference(dp: Any, gate: Any, up: Any) -> tuple[torch.Tensor, ...]:
-            wide = (x.float() for x in (dp, gate, up))
-            return gated_product_backward_reference(*wide, "silu", True, 0.5, 0.5)
-
-        def plain(dp: Any, gate: Any, up: Any) -> tuple[torch.Tensor, ...]:
-            half = 0.5 * dp
-            ratio = torch.sigmoid(gate)
-            return half * up * ratio, half * gate * ratio
-
-        peers = {"eager": plain}
-        if not dry:
-            peers["torch.compile"] = lambda *inputs: _compiled(plain)(*inputs)
-        ours = {"sparc3": lambda dp, gate, up: gated_product_backward(dp, gate, up, "silu", True, 0.5, 0.5)}
-        return Made([dp, gate, up], reference, ours | peers, bytes=10 * rows * d)
-
-    return Case(f"SwiGLU backward, identity and half rule, {tokens}x{width}", make)
-
-
-def _swiglu_forward(tokens: int, width: int) -> Case:
-    def make(device: torch.device, dry: bool) -> Made:
-        rows, d = (8, 64) if dry else (tokens, width)
-        gate, up = (_normal(device, rows, d) for _ in range(2))
-
-        def reference(gate: Any, up: Any) -> tuple[torch.Tensor, ...]:
-            return ((F.silu(gate.float()) * up.float()),)
-
-        def liger(gate: Any, up: Any) -> tuple[torch.Tensor, ...]:
-            from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-
-            return (LigerSiLUMulFunction.apply(gate, up),)
-
-        peers: dict[str, Implementation] = {
-            "eager": lambda gate, up: (F.silu(gate) * up,),
-            "Liger-Kernel": liger,
-        }
-        ours = {"sparc3": lambda gate, up: (gated_product(gate, up, "silu"),)}
-        return Made([gate, up], reference, ours | peers, bytes=6 * rows * d)
-
-    return Case(f"SwiGLU forward {tokens}x{width}", make)
-
-
 def _lm_head(tokens: int, width: int, words: int) -> Case:
     def make(device: torch.device, dry: bool) -> Made:
         rows, d, v = (6, 32, 300) if dry else (tokens, width, words)
-        hidden, weight = _normal(device, rows, d), _normal(device, v, d) * 0.05
+        hidden, weight = normal(device, rows, d), normal(device, v, d) * 0.05
         labels = torch.randint(0, v, (rows,), device=device)
 
         def plain(hidden: Any, weight: Any, labels: Any) -> tuple[torch.Tensor, ...]:
@@ -331,11 +226,7 @@ def cases() -> list[Case]:
         _weight_relevance(16, 128, 4096, 11008),
         _weight_relevance(1, 2048, 8192, 28672),
         _weight_relevance(16, 128, 8192, 28672),
-        _norm(2048, 4096),
-        _norm(8192, 8192),
-        _norm_forward(8192, 4096),
-        _swiglu(2048, 11008),
-        _swiglu(8192, 28672),
-        _swiglu_forward(8192, 28672),
+        *norm_cases(),
+        *gated_mlp_cases(),
         _lm_head(2048, 2304, 262144),
     ]

@@ -1,0 +1,52 @@
+"""What a case of bench/gpu.py is: inputs, what they must give, and who gives it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Implementation = Callable[..., tuple[torch.Tensor, ...]]
+
+
+@dataclass
+class Made:
+    """Inputs, what they must give, and who gives it.
+
+    Attributes:
+        bytes, flops: the least that any implementation moves and does.
+        tolerance: largest relative error (norm over norm) that is timed; bf16 rounds at 2^-8.
+        rates: timed without a check, because they do less: what ours is held against.
+        short: takes about as long on the GPU as Python takes to launch it, so that it is timed in a CUDA graph.
+    """
+
+    inputs: list[Any]
+    reference: Implementation
+    implementations: dict[str, Implementation]
+    bytes: int = 0
+    flops: int = 0
+    tolerance: float = 2e-2
+    rates: dict[str, Implementation] = field(default_factory=dict)
+    short: bool = False
+
+
+@dataclass
+class Case:
+    """A name and a function of (device, dry) that makes the inputs."""
+
+    name: str
+    make: Callable[[torch.device, bool], Made]
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile, once for each function."""
+    return torch.compile(function)
+
+
+def normal(device: torch.device, *shape: int) -> torch.Tensor:
+    """Normal numbers, bf16 on a GPU; fp32 on a CPU, whose Triton interpreter computes on the raw bits of bf16."""
+    return torch.randn(*shape, device=device).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
