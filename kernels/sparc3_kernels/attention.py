@@ -157,7 +157,7 @@ def _configuration(width: int, shared: int) -> dict[str, int]:
     elif width <= 128:
         block_m, block_n, warps, stages = (128, 64, 8, 2) if shared > 200_000 else (128, 32, 8, 2)
     else:
-        block_m, block_n, warps, stages = (128, 64, 8, 2) if shared > 200_000 else (64, 32, 8, 2)
+        block_m, block_n, warps, stages = (128, 32, 8, 2) if shared > 200_000 else (64, 32, 8, 2)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 

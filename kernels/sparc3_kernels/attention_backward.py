@@ -192,8 +192,10 @@ def _configuration(width: int, need_qk: bool, softcap: bool, shared: int) -> tup
         block_m, block_n, warps, stages = (64, 128, 8, 2) if large else (32, 128, 8, 2)
     elif block_d <= 128:
         block_m, block_n, warps, stages = (32, 128, 8, 2) if large or not need_qk else (64, 64, 8, 1)
+    elif large:
+        block_m, block_n, warps, stages = 32, 64, 8, 2
     else:
-        block_m, block_n, warps, stages = (32, 64, 8, 2) if large else (32, 32, 8, 1)
+        block_m, block_n, warps, stages = 32, 32 if need_qk else 64, 8, 1
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     return sizes, large and (block_d > 128 or (softcap and 64 < width < 128))
 

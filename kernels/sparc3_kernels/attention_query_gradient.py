@@ -85,12 +85,10 @@ def _query_kernel(
 
 def _configuration(width: int, shared: int) -> dict[str, int]:
     """Sizes of the kernel over queries; none spills (tests/kernels/compile_gate.py)."""
-    if width <= 64:
-        block_m, block_n, warps, stages = 128, 64, 8, 2
-    elif width <= 128:
+    if width <= 128:
         block_m, block_n, warps, stages = (128, 64, 8, 2) if shared > 200_000 else (128, 32, 8, 2)
     else:
-        block_m, block_n, warps, stages = (64, 64, 8, 2) if shared > 200_000 else (32, 64, 8, 1)
+        block_m, block_n, warps, stages = (128, 32, 8, 2) if shared > 200_000 else (32, 64, 8, 1)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
