@@ -56,6 +56,12 @@ LEADING = (
     "norm=constant,activation=gradient,gate=gradient,attention=gradient",
     "norm=constant,activation=identity,gate=half,attention=half",
 )
+# What is reported of judging examples: these, attention's half rule alone, and activations' identity rule alone.
+REPORTED = (
+    *LEADING,
+    "norm=gradient,activation=gradient,gate=gradient,attention=half",
+    "norm=gradient,activation=identity,gate=gradient,attention=gradient",
+)
 REDUCTIONS = ("signed", "abs", "square")
 TARGETS = ("difference", "logit", "logprob")
 
@@ -145,7 +151,8 @@ def _agreement(study: Study, side: str, seed: int, ablation: str) -> None:
     exact = study.rows.measure(key | {"method": "exact"}, lambda: {"scores": scores("exact", "gradient")})[
         "scores"
     ]
-    for method, rule in (("integrated-gradients", None), *(("lrp", rule) for rule in RULES)):
+    rules = RULES if side == "ranking" else REPORTED
+    for method, rule in (("integrated-gradients", None), *(("lrp", rule) for rule in rules)):
         study.rows.measure(
             key | {"method": method, "rule": rule}, partial(against_exact, method, rule or "gradient")
         )

@@ -45,6 +45,8 @@ from sparc3.units import UNITS, Components, ablated, components
 
 # Agrees best with exact patching of heads and MLPs (docs/circuits.md).
 DEFAULT_RULE = "gradient,norm=constant"
+# To zero a head changes what later norms divide by, which they must not take for constant.
+_ZEROED_HEADS = "gradient,activation=identity"
 # Wanda ranks within the rows of a weight, as it was published; the others over the whole model.
 _PATTERNS = {"wanda": "row"}
 
@@ -86,11 +88,13 @@ class Circuit:
 
 
 def default_settings(unit: str, ablation: str) -> dict[str, str]:
-    """{"rule", "reduce"} of LRP, chosen on ranking examples of the bundled models: see docs/circuits.md."""
+    """{"rule", "reduce"} of LRP, chosen on ranking examples: see docs/circuits.md."""
     if unit == "weight":
         return {"rule": DEFAULT_RULE, "reduce": "square"}
     if unit == "neuron" and ablation == "zero":
         return {"rule": "attnlrp", "reduce": "square"}
+    if unit in ("head", "kv-head") and ablation == "zero":
+        return {"rule": _ZEROED_HEADS, "reduce": "signed"}
     return {"rule": DEFAULT_RULE, "reduce": "signed"}
 
 

@@ -14,7 +14,7 @@ from tiny import state
 import sparc3
 from sparc3.ablation import ablated_differences, differences, replacement
 from sparc3.agreement import agreement
-from sparc3.circuit import Search, check_circuit_settings
+from sparc3.circuit import Search, check_circuit_settings, default_settings
 from sparc3.errors import InputError
 from sparc3.faithfulness import GOAL, Point, areas, faithfulness, sparsest
 from sparc3.families import prunable
@@ -130,6 +130,13 @@ def test_the_mask_of_kept_components_measures_the_same():
     values = differences(model, task_batches(model, words.tokenizer(), task.judging)).double()
     point = next(point for point in circuit.curve if point.fraction == 0.2)
     assert values.mean().item() == pytest.approx(point.logit_difference, abs=1e-5)
+
+
+@pytest.mark.parametrize("unit", ["head", "kv-head"])
+def test_a_norm_is_no_constant_where_heads_are_zeroed(unit):
+    zeroed, patched = (default_settings(unit, ablation)["rule"] for ablation in ("zero", "patch"))
+    assert sparc3.Rule.parse(zeroed).norm_scale_gradient == 1
+    assert sparc3.Rule.parse(patched).norm_scale_gradient == 0
 
 
 def test_faithfulness_and_areas_by_hand():
