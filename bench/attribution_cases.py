@@ -103,7 +103,7 @@ def accumulate_by_hand(model: PreTrainedModel, ids: torch.Tensor) -> Run:
 # The engine keeps what each block computed where it fits into ``memory``, else recomputes it.
 IMPLEMENTATIONS: dict[str, Callable[[PreTrainedModel, torch.Tensor], Run]] = {
     "sparc3": ours,
-    "sparc3-1GiB": partial(ours, memory=1 << 30),
+    "sparc3-512MiB": partial(ours, memory=1 << 29),
     "sparc3-recompute": partial(ours, memory=0),
     "plain-backward": plain_backward,
     "plain-backward-chunked-logits": plain_backward_chunked,

@@ -40,7 +40,7 @@ def test_all_weights(benchmark, model, samples, tokens, implementation):
     _run(benchmark, "all weights", model, samples, tokens, implementation)
 
 
-@pytest.mark.parametrize("implementation", ["sparc3-1GiB", "sparc3-recompute"])
+@pytest.mark.parametrize("implementation", ["sparc3-512MiB", "sparc3-recompute"])
 @pytest.mark.parametrize("model", ["smollm2", "gemma3"])
 def test_all_weights_in_less_memory(benchmark, model, implementation):
     _run(benchmark, "all weights", model, 1, 2048, implementation)

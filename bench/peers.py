@@ -47,6 +47,7 @@ ONE_SHOT: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient x weight": ("gradient", {"target": "logprob", "reduce": "abs"}),
     "LRP (paper)": ("lrp", {"rule": "attnlrp", "target": "logit", "reduce": "signed"}),
     "LRP": ("lrp", default_settings("row")),
+    "LRP for N:M": ("lrp", default_settings("2:4")),
     ALLOCATED: ("lrp", default_settings("layer")),
 }
 SWEEPS = {"Wanda": "wanda", "RIA": "ria", "GBLM": "gblm", "SparseGPT": "sparsegpt", "OWL + Wanda": "wanda"}
@@ -82,16 +83,20 @@ class Seed:
     def mask(self, label: str, pattern: str) -> tuple[Mask, float]:
         """(mask, seconds): shared scores count for every method that uses them."""
         nm = ":" in pattern
+        lrp = "LRP for N:M" if nm else "LRP"
         sparsity = None if nm else float(pattern.rstrip("%")) / 100
         start, before = time.perf_counter(), 0.0
         if label == "magnitude":
             mask = attribute(self.model, self.samples, "magnitude").select(sparsity, pattern if nm else "row")
         elif label in (REPAIRED, REPAIRED_NM):
-            given, before = self.mask(REPAIRED_NM[:3] if nm else ALLOCATED, pattern)
+            scores, before = self.scores(lrp if nm else ALLOCATED)
             start = time.perf_counter()
+            # Rows that a whole layer loses cannot be repaired: the share of each tensor is taken from every row.
+            budgets = None if sparsity is None else relevance_budgets(scores, sparsity)
+            given = scores.select(sparsity, pattern if nm else "row", budgets=budgets)
             mask = repair(self.model, self.samples, given)
         elif label in ONE_SHOT:
-            scores, before = self.scores(label)
+            scores, before = self.scores(lrp if label == "LRP" else label)
             start = time.perf_counter()
             if label == ALLOCATED:
                 assert sparsity is not None

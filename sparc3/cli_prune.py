@@ -59,8 +59,8 @@ def prune(
         bool,
         typer.Option(
             "--repair",
-            help="Change the kept weights so that the outputs of --text stay what they were. It can make a model "
-            "worse (docs/limitations.md): measure with --eval-text.",
+            help="Change the kept weights so that the outputs of --text stay what they were. For --pattern row and "
+            "N:M; where whole rows go it can make a model worse (docs/limitations.md).",
         ),
     ] = False,
     target: Annotated[

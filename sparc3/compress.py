@@ -187,9 +187,7 @@ class Pruner:
                 values[name] = weight.canonical(new).contiguous()
             return new
 
-        sweep(
-            self.model, batches, weights, visit, progress, gram=updates is not None, beside_dense=self.repair
-        )
+        sweep(self.model, batches, weights, visit, progress, gram=updates is not None)
         settings = {"method": method, "schedule": "sequential", "sparsity": sparsity, "pattern": self.pattern}
         settings |= {"by": "magnitude"} | ({} if budgets is None else {"budgets": budgets})
         settings = settings if given is None else dict(given.settings)

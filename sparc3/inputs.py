@@ -23,14 +23,11 @@ class Inputs:
         squares: [..., in], sum of x_i^2.
         tokens: [...], how many were summed.
         gram: [..., in, in], sum of x x^T, where asked for; weights with the same input share the tensor.
-        cross: [in, in], sum of d x^T with d the same token's input in the dense model, where that was run beside.
-            None otherwise, and for experts, to which the two models route different tokens.
     """
 
     squares: torch.Tensor
     tokens: torch.Tensor
     gram: torch.Tensor | None = None
-    cross: torch.Tensor | None = None
 
     @property
     def norms(self) -> torch.Tensor:
@@ -43,40 +40,31 @@ def observe(
     weights: Mapping[str, Prunable],
     run: Callable[[int], torch.Tensor],
     gram: bool = False,
-    run_dense: Callable[[int], torch.Tensor] | None = None,
-) -> tuple[dict[str, Inputs], list[torch.Tensor], list[torch.Tensor]]:
+) -> tuple[dict[str, Inputs], list[torch.Tensor]]:
     """Run every batch and watch the inputs of ``weights``.
 
     Args:
         run: runs a batch by its number.
         gram: sum the second moments too.
-        run_dense: runs the same batch on what the dense model hands on; it makes ``cross``.
 
     Returns:
-        (inputs by name, what ``run`` returned for each batch, what ``run_dense`` did).
+        (inputs by name, what ``run`` returned for each batch).
     """
     watcher = _Watcher(weights, gram)
-    outputs, dense_outputs = [], []
+    outputs = []
     with watcher.hooks():
         for number, batch in enumerate(samples):
             mask = batch["attention_mask"] if "attention_mask" in batch else None
             watcher.real = (torch.ones_like(batch["input_ids"]) if mask is None else mask).reshape(-1).bool()
-            watcher.dense = {}
-            if run_dense is not None:
-                watcher.recording = True
-                dense_outputs.append(run_dense(number))
-                watcher.recording = False
             outputs.append(run(number))
             watcher.latest = None
-    return watcher.inputs(), outputs, dense_outputs
+    return watcher.inputs(), outputs
 
 
 class _Watcher:
     """Sums each weight's inputs; linears that get the very same tensor (q, k and v) share their sums."""
 
     real: torch.Tensor  # [B * T] bool
-    dense: dict[str, torch.Tensor]  # the dense model's inputs [t, in] of this batch
-    recording = False
     latest: tuple[str, torch.Tensor] | None = None
 
     def __init__(self, weights: Mapping[str, Prunable], gram: bool) -> None:
@@ -121,25 +109,16 @@ class _Watcher:
                 return
             self.latest = (name, args[0])
             x = args[0].reshape(-1, args[0].shape[-1])[self.real].float()
-            if self.recording:
-                self.dense[name] = x
-                return
             sums = self._sums_of(name)
             sums.squares.add_(x.square().sum(0))
             sums.tokens += len(x)
             if sums.gram is not None:
                 sums.gram.addmm_(x.T, x)
-            if name in self.dense:
-                if sums.cross is None:
-                    sums.cross = x.new_zeros(x.shape[1], x.shape[1])
-                sums.cross.addmm_(self.dense[name].T, x)
 
         return hook
 
     def _experts_hook(self, names: Mapping[str, str]) -> Callable:
         def hook(module: Any, args: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-            if self.recording:
-                return
             x, chosen, _ = args
             for expert in torch.unique(chosen).tolist():
                 if expert >= module.gate_up_proj.shape[0]:

@@ -6,10 +6,10 @@ SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774) goes through the columns
 goes by (w_i / U_ii)^2, U the upper Cholesky factor of (H + lambda)^-1, and lets the columns to the right make up
 for each error. Blocks of 128 columns are picked at once, N:M groups one by one.
 
-Least squares takes any mask and finds, for each row, the kept values v that minimise |W d - v x|^2 + lambda |v - w|^2
-over the reference tokens: (H + lambda)_KK v_K = (W C + lambda W)_K, where d is the token's input in the dense model,
-C = sum d x^T, and K the kept columns. lambda pulls towards the old values, as few tokens say little of many columns:
-it is the mean |x|^2 of a token, so that it counts less the more tokens there are.
+Least squares takes any mask and finds, for each row, the kept values v that minimise |w x - v x|^2 + lambda |v - w|^2
+over the reference tokens: (H + lambda)_KK v_K = (w H + lambda w)_K, K the kept columns. lambda pulls towards the old
+values, as few tokens say little of many columns: it is the mean |x|^2 of a token, so that it counts less the more
+tokens there are.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def least_squares(
     Args:
         weight: [..., out, in] dense, not changed.
         kept: [..., out, in] bool.
-        inputs: with gram, and with cross where the dense model was run beside.
+        inputs: with gram.
         damping: lambda over the mean |x|^2 of a token.
         tolerance: of the residual, relative to the right-hand side.
 
@@ -128,7 +128,7 @@ def least_squares(
     ridge = torch.where(token > 0, damping * token, 1.0)
     scale = diagonal.unsqueeze(-2) + ridge
     values = old * kept
-    wanted = old @ (gram if inputs.cross is None else inputs.cross) + ridge * old
+    wanted = old @ gram + ridge * old
     residual = (wanted - values @ gram - ridge * values) * kept
     step = residual / scale
     size = (residual * step).sum(-1, keepdim=True)

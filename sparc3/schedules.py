@@ -58,7 +58,6 @@ def sweep(
     progress: Progress | None = None,
     *,
     gram: bool = False,
-    beside_dense: bool = False,
     source: WeightSource | None = None,
     home: torch.device | None = None,
     done: Done | None = None,
@@ -73,7 +72,6 @@ def sweep(
         visit: called once for each weight, with what it received while its whole block was still dense.
         progress: called with samples-equivalents that add up to the number of samples.
         gram: sum the second moments of the inputs.
-        beside_dense: run the dense model beside, for the moments between its inputs and those observed.
         source: brings the weights; None: they are all in the model.
         home: where what blocks hand on is kept meanwhile; None: where it is.
         done: is told of each block that is done, its weights dense and still there.
@@ -84,7 +82,6 @@ def sweep(
         with blocks.source.outside():
             recorded = [blocks.record(batch) for batch in samples]
         hidden = list(received) if start else [first.to(home or first.device) for first, _ in recorded]
-        dense_hidden = hidden
         total, reported = sum(len(batch["input_ids"]) for batch in samples), 0
         prefix = family_of(model).blocks
 
@@ -101,21 +98,17 @@ def sweep(
 
         def visit_all(
             some: Mapping[str, Prunable], run: Callable[[list[torch.Tensor], int], torch.Tensor]
-        ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-            apart = beside_dense and dense_hidden is not hidden
-            inputs, outputs, dense_outputs = observe(
-                samples, some, partial(run, hidden), gram, partial(run, dense_hidden) if apart else None
-            )
+        ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+            inputs, outputs = observe(samples, some, partial(run, hidden), gram)
             values = {name: visit(name, inputs[name]) for name in some}
-            changed = {name: value for name, value in values.items() if value is not None}
-            return changed, outputs, dense_outputs if apart else outputs
+            return {name: value for name, value in values.items() if value is not None}, outputs
 
         depth = len(blocks.blocks)
         for index in blocks.source.visit(range(start, depth)):
             of_block = {
                 name: weight for name, weight in weights.items() if name.startswith(f"{prefix}.{index}.")
             }
-            values, hidden_then, dense_hidden = visit_all(of_block, partial(run_block, index))
+            values, hidden_then = visit_all(of_block, partial(run_block, index))
             if values:
                 with _replaced(of_block, values):
                     hidden_then = [run_block(index, hidden, number) for number in range(len(samples))]

@@ -1,7 +1,7 @@
 """Masks that change the kept weights: SparseGPT and repair in the sweep, applying, undoing, saving.
 
 The references prune a deep copy for good, block after block, and hook its linears while single samples run through
-the whole copy; the dense model runs beside on the same samples. Second moments are float64.
+the whole copy. Second moments are float64.
 """
 
 import copy
@@ -47,16 +47,16 @@ def linear_inputs(model, index):
 
 
 def naive(model, change):
-    """{name: values as stored}; change: (name, dense [out, in], inputs, dense model's inputs) -> [out, in]."""
+    """{name: values as stored}; change: (name, dense [out, in], inputs) -> [out, in]."""
     pruned, values = copy.deepcopy(model), {}
     for index in range(len(blocks_of(model))):
-        beside = linear_inputs(model, index)
         for name, x in linear_inputs(pruned, index).items():
             transposed = isinstance(pruned.get_submodule(name.rpartition(".")[0]), Conv1D)
             stored = pruned.get_parameter(name).data
-            new = change(name, stored.mT if transposed else stored, x, beside[name])
+            new = change(name, stored.mT if transposed else stored, x)
             values[name] = new.mT if transposed else new
-        for name in beside:
+        # Only now: the inputs of a whole block are taken while it is dense.
+        for name in values:
             pruned.get_parameter(name).data.copy_(values[name])
     return values
 
@@ -83,7 +83,7 @@ def test_sparsegpt_block_after_block(name, pattern):
     assert mask.sparsity == pytest.approx(0.5, abs=0.01)
     assert mask.settings["updates"] == "sparsegpt"
     assert mask.settings["schedule"] == "sequential"
-    expected = naive(model, lambda name, w, x, d: sparsegpt(w, (x.T @ x).float(), 0.5, pattern)[1])
+    expected = naive(model, lambda name, w, x: sparsegpt(w, (x.T @ x).float(), 0.5, pattern)[1])
     assert list(mask.bits) == list(mask.values) == list(prunable(model))
     close(mask, expected)
 
@@ -101,10 +101,10 @@ def test_repair(name, method):
         assert bits(mask) == bits(prune(model, SAMPLES, method, 0.5))
     weights = prunable(model)
 
-    def change(name, w, x, d):
+    def change(name, w, x):
         kept = weights[name].canonical(mask.kept(name))
         tokens = torch.tensor(float(len(x)))
-        inputs = Inputs(x.square().sum(0).float(), tokens, (x.T @ x).float(), (d.T @ x).float())
+        inputs = Inputs(x.square().sum(0).float(), tokens, (x.T @ x).float())
         return least_squares(w, kept, inputs)
 
     close(mask, naive(model, change))
