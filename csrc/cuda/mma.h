@@ -27,12 +27,12 @@ namespace sparc3 {
 template <int dtype>
 __device__ __forceinline__ void multiply_dense(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     if constexpr (dtype == SPARC3_BF16)
-        asm volatile(
+        asm(
             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     else
-        asm volatile(
+        asm(
             "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -50,12 +50,12 @@ template <int dtype, int half>
 __device__ __forceinline__ void multiply_sparse(float (&d)[4], const uint4 &a, const unsigned (&b)[4],
                                                 unsigned places) {
     if constexpr (dtype == SPARC3_BF16)
-        asm volatile(SPARC3_MMA_SP "bf16.bf16.f32" SPARC3_MMA_SP_OPERANDS
+        asm(SPARC3_MMA_SP "bf16.bf16.f32" SPARC3_MMA_SP_OPERANDS
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(places),
                        "n"(half));
     else
-        asm volatile(SPARC3_MMA_SP "f16.f16.f32" SPARC3_MMA_SP_OPERANDS
+        asm(SPARC3_MMA_SP "f16.f16.f32" SPARC3_MMA_SP_OPERANDS
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(places),
                        "n"(half));

@@ -53,6 +53,64 @@ int test_bitmap(const Weight &weight, const std::vector<size_t> &batches) {
     return 0;
 }
 
+int test_two_of_four(const Weight &weight, const std::vector<size_t> &batches) {
+    const size_t rows = weight.rows, columns = weight.columns, steps = sparc3_cuda_two_of_four_steps(rows, columns);
+    std::vector<uint16_t> kept(rows * columns / 2);
+    std::vector<uint8_t> indices(rows * ((columns / 2 + 3) / 4));
+    CHECK(!sparc3_nm_pack(weight.dtype, weight.at(), rows, columns, 2, 4, kept.data(), indices.data(), nullptr, 1));
+    const sparc3_nm neutral{weight.dtype, 2, 4, rows, columns, kept.data(), indices.data()};
+    std::vector<uint4> values(steps * 64, uint4{7, 7, 7, 7});
+    std::vector<uint32_t> places(steps * 32, 7);
+    CHECK(!sparc3_cuda_two_of_four_arrange(&neutral, values.data(), places.data(), nullptr));
+    for (uint32_t word : places)  // what the ordered form of mma.sp wants
+        for (int i = 0; i < 32; i += 4) CHECK((word >> i & 3) < (word >> (i + 2) & 3));
+    const sparc3_cuda_two_of_four w{weight.dtype, rows, columns, values.data(), places.data()};
+    std::vector<uint16_t> dense(weight.bits.size(), 7);
+    CHECK(!sparc3_cuda_two_of_four_unpack(&w, dense.data(), nullptr));
+    CHECK(same_bits(dense, weight));
+    for (size_t batch : batches) {
+        const Product product(weight, batch);
+        std::vector<float> workspace(sparc3_cuda_two_of_four_linear_workspace_size(rows, columns, batch) / 4 + 1);
+        for (bool biased : {false, true}) {
+            std::vector<uint16_t> y(batch * rows, 0x7fff);
+            CHECK(!sparc3_cuda_two_of_four_linear(&w, product.x(), batch, biased ? product.bias() : nullptr, y.data(),
+                                                  workspace.data(), workspace.size() * 4, nullptr));
+            CHECK(product.close(y, biased));
+        }
+    }
+    return 0;
+}
+
+int test_two_of_four_refusals() {
+    const Weight weight = two_of_four_weight(SPARC3_FP16, 3, 8);
+    std::vector<uint16_t> kept(12), x(9), y(3);
+    std::vector<uint8_t> indices(3);
+    CHECK(!sparc3_nm_pack(weight.dtype, weight.at(), 3, 8, 2, 4, kept.data(), indices.data(), nullptr, 1));
+    std::vector<uint4> values(64);
+    std::vector<uint32_t> places(32);
+    sparc3_nm neutral{SPARC3_FP16, 2, 4, 3, 8, kept.data(), indices.data()};
+    CHECK(!sparc3_cuda_two_of_four_arrange(&neutral, values.data(), places.data(), nullptr));
+    neutral.m = 8;
+    CHECK(sparc3_cuda_two_of_four_arrange(&neutral, values.data(), places.data(), nullptr) == SPARC3_ERROR_ARGUMENT);
+    sparc3_cuda_two_of_four w{SPARC3_FP16, 3, 8, values.data(), places.data()};
+    std::vector<float> workspace(sparc3_cuda_two_of_four_linear_workspace_size(3, 8, 1) / 4);
+    const auto linear = [&](const void *from, size_t size) {
+        return sparc3_cuda_two_of_four_linear(&w, from, 1, nullptr, y.data(), workspace.data(), size, nullptr);
+    };
+    const size_t size = workspace.size() * 4;
+    CHECK(linear(x.data(), size) == SPARC3_OK);
+    CHECK(linear(x.data() + 1, size) == SPARC3_ERROR_ARGUMENT);  // two bytes off
+    CHECK(linear(y.data(), size) == SPARC3_ERROR_OVERLAP);
+    CHECK(linear(x.data(), size - 1) == SPARC3_ERROR_WORKSPACE);
+    w.columns = 6;
+    CHECK(linear(x.data(), size) == SPARC3_ERROR_ARGUMENT);
+    w.columns = 8;
+    w.places = nullptr;
+    CHECK(linear(x.data(), size) == SPARC3_ERROR_ARGUMENT);
+    CHECK(sparc3_cuda_two_of_four_unpack(&w, y.data(), nullptr) == SPARC3_ERROR_ARGUMENT);
+    return 0;
+}
+
 int test_refusals() {
     const Weight weight = random_weight(SPARC3_BF16, 20, 64, 0.5);
     Arranged arranged;
@@ -106,6 +164,15 @@ int main() {
         CHECK(!test_bitmap(random_weight(SPARC3_BF16, 260, 1290, 0.6), {3}));
         emulation::processors = 2;
         CHECK(!test_refusals());
+
+        for (int dtype : {SPARC3_BF16, SPARC3_FP16}) {
+            for (auto [rows, columns] : {std::pair<size_t, size_t>{1, 4}, {3, 40}, {16, 64}, {33, 300}, {70, 1028}})
+                CHECK(!test_two_of_four(two_of_four_weight(dtype, rows, columns), {1, 5, 8, 16}));
+            CHECK(!test_two_of_four(two_of_four_weight(dtype, 37, 132), {2, 9, 17, 33, 65}));
+            CHECK(!test_two_of_four(two_of_four_weight(dtype, 4, 0), {1, 9}));
+            CHECK(!test_two_of_four(two_of_four_weight(dtype, 0, 8), {1}));
+        }
+        CHECK(!test_two_of_four_refusals());
     }
     printf("passed\n");
     return 0;

@@ -58,6 +58,17 @@ inline Weight striped_weight(int dtype, size_t rows, size_t columns) {
     });
 }
 
+// Two of four at any two places in most groups, one or none in some.
+inline Weight two_of_four_weight(int dtype, size_t rows, size_t columns) {
+    std::mt19937 random(17);
+    unsigned kept = 0;
+    return make_weight(dtype, rows, columns, [&](size_t row, size_t column, double) {
+        constexpr unsigned kPatterns[] = {3, 5, 9, 6, 10, 12, 3, 5, 9, 6, 10, 12, 1, 2, 4, 8, 0};
+        if (column % 4 == 0) kept = kPatterns[(random() + row) % 17];
+        return (kept >> column % 4 & 1) != 0;
+    });
+}
+
 // Nonzeros bit by bit, zeros as +0.
 inline bool same_bits(const std::vector<uint16_t> &found, const Weight &weight) {
     for (size_t i = 0; i < found.size(); ++i)

@@ -52,6 +52,26 @@ SPARC3_API int sparc3_cuda_bitmap_linear(const sparc3_cuda_bitmap *weight, const
                                          const void *bias, void *y, void *workspace, size_t workspace_size,
                                          void *stream);
 
+/* 2:4 in the order in which sparse tensor cores take it: steps of 16 rows and 64 columns, columns divide by 4.
+ * sparc3_cuda_two_of_four_steps says how many there are. Pruned weights do not multiply: infinite inputs there do not
+ * give NaN. */
+typedef struct sparc3_cuda_two_of_four {
+    int dtype;
+    size_t rows, columns;
+    const void *values;     /* [steps][2][32] times 16 bytes, aligned to 16 */
+    const uint32_t *places; /* [steps][32] */
+} sparc3_cuda_two_of_four;
+
+SPARC3_API size_t sparc3_cuda_two_of_four_steps(size_t rows, size_t columns);
+/* From a sparc3_nm with n = 2, m = 4, its pointers to the device. */
+SPARC3_API int sparc3_cuda_two_of_four_arrange(const sparc3_nm *weight, void *values, uint32_t *places, void *stream);
+SPARC3_API int sparc3_cuda_two_of_four_unpack(const sparc3_cuda_two_of_four *weight, void *out, void *stream);
+/* x is aligned to 4 bytes. */
+SPARC3_API size_t sparc3_cuda_two_of_four_linear_workspace_size(size_t rows, size_t columns, size_t batch);
+SPARC3_API int sparc3_cuda_two_of_four_linear(const sparc3_cuda_two_of_four *weight, const void *x, size_t batch,
+                                              const void *bias, void *y, void *workspace, size_t workspace_size,
+                                              void *stream);
+
 #ifdef __cplusplus
 }
 #endif
