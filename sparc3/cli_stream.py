@@ -65,6 +65,8 @@ def prune_by_block(
         raise InputError(f"dtype {dtype!r} is not known; use {' | '.join(DTYPES)}")
     if offload_dir is not None and not offload_dir.is_dir():
         raise InputError(f"the folder {offload_dir} does not exist; make it first")
+    if console.processes() > 1 and method in SEQUENTIAL:
+        raise InputError(f"{method} runs in one process; start it without torchrun")
     reads_text = method not in ("magnitude", "random")
     console.begin()
     folder, note = local_folder(name, weights=not dry_run)
@@ -118,8 +120,6 @@ def prune_by_block(
     )
     origin = {"model": {"name": name, "origin": described["origin"], "note": note}}
     with started(where) as ranks, console.progress(f"pruning {name}") as update:
-        if ranks.size > 1 and method in SEQUENTIAL:
-            raise InputError(f"{method} runs in one process; start it without torchrun")
         if ranks.writes and not as_json:
             console.show(*_described(way, estimate_seconds(way, where, model.dtype, checkpoint), budget))
         update(total=way.visits)

@@ -1,7 +1,6 @@
-"""sparc3 prune block by block, from the command line, in one process and in several."""
+"""sparc3 prune block by block, from the command line."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -149,40 +148,3 @@ def test_no_more_is_resident_than_was_planned(room, method):
     found = json.loads(done.stdout)["streamed"]
     planned = found["plan"]["totals"]["device"]
     assert found["plan"]["device"]["process"] + found["plan"]["shape"]["block"] < found["peak_rss"] <= planned
-
-
-def torchrun(processes, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    command += ["-m", "sparc3", "prune", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-
-
-@pytest.fixture
-def deep(room):
-    # 3 batches of at most 2048 tokens.
-    lines = (room / "train.txt").read_text()
-    (room / "long.txt").write_text(lines * 12)
-    return saved(llama(num_hidden_layers=5), room / "deep")
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_many_processes_give_the_mask_of_one(room, deep, processes):
-    pattern = "global" if processes == 2 else "row"
-    asked = ["--text", "long.txt", "--samples", 130, "--pattern", pattern, "--max-memory", "4GiB"]
-    done = torchrun(processes, "deep", *asked, "--out", "many")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pruned in") == 1
-    one = [sys.executable, "-m", "sparc3", "prune", "deep", *asked, "--out", "one"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(list(map(str, one)), check=True, capture_output=True, env=environment)
-    for name in ("mask.safetensors", "model-00003-of-00006.safetensors"):
-        assert (room / "many" / name).read_bytes() == (room / "one" / name).read_bytes()
-    assert not list(room.glob(".*.unfinished"))
-
-
-def test_one_process_that_fails_ends_all_with_its_error(room, deep):
-    done = torchrun(2, "deep", "--text", "train.txt", "--samples", 2, "--max-memory", "4GiB", "--out", "out")
-    assert done.returncode != 0
-    assert "2 processes share 1 batches" in done.stderr
-    assert not (room / "out").exists()
