@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "../select_state.h"
 #include "isa.h"
 #include "scores.h"
 
@@ -15,42 +16,15 @@ constexpr size_t kBlock = size_t{1} << 31;
 // More threads do not count: the bins of a third would take the memory beyond 1 MB.
 constexpr int kCountingThreads = 2;
 
-enum Stage : uint32_t { kUpper, kLower, kDone };
-
-struct State {
-    char magic[8];
-    uint32_t dtype;
-    uint32_t stage;
-    int32_t upper;      // key >> 16 of the boundary bin, once known
-    uint32_t reserved;
-    uint64_t prune;     // of the whole selection
-    uint64_t expected;  // scores in the boundary bin
-    uint64_t rank;      // of the threshold within the boundary bin, from 1
-    sparc3_threshold threshold;
-    uint64_t bins[kBins];
-};
-
-constexpr char kMagic[8] = {'s', 'p', '3', 's', 'e', 'l', '0', '1'};
-
 const State *opened(const void *state) {
     const State *s = static_cast<const State *>(state);
     return s && !memcmp(s->magic, kMagic, sizeof kMagic) ? s : nullptr;
 }
 State *opened(void *state) { return const_cast<State *>(opened(static_cast<const void *>(state))); }
 
-void finish(State &state, int32_t key, uint64_t keep_equal) {
-    state.threshold = {key, 0, keep_equal};
-    state.stage = kDone;
-}
-
-struct Boundary {
-    size_t bin;
-    uint64_t rank, count;  // how many of the bin's `count` scores are pruned
-};
-
 // The bin that holds the score of rank `rank` (from 1); there is one.
 Boundary boundary(const State &state, uint64_t rank) {
-    size_t bin = 0;
+    unsigned bin = 0;
     for (; state.bins[bin] < rank; ++bin) rank -= state.bins[bin];
     return {bin, rank, state.bins[bin]};
 }
@@ -121,23 +95,22 @@ int sparc3_select_merge(void *state, const void *other) {
     const State *o = opened(other);
     if (!s || !o || s->stage == kDone || s->stage != o->stage || s->dtype != o->dtype) return SPARC3_ERROR_STATE;
     if (s->stage == kLower && (s->upper != o->upper || s->prune != o->prune)) return SPARC3_ERROR_STATE;
+    if (o->error) s->error = o->error;
     for (size_t i = 0; i < kBins; ++i) s->bins[i] += o->bins[i];
-    return SPARC3_OK;
+    return static_cast<int>(s->error);
 }
 
 int sparc3_select_refine(void *state, uint64_t prune, int *more) {
     State *s = opened(state);
     if (!more) return SPARC3_ERROR_ARGUMENT;
     if (!s || s->stage == kDone || (s->stage == kLower && prune != s->prune)) return SPARC3_ERROR_STATE;
+    if (s->error) return static_cast<int>(s->error);
     *more = 0;
     uint64_t total = 0;
     for (size_t i = 0; i < kBins; ++i) total += s->bins[i];
-
     if (s->stage == kLower) {
         if (total != s->expected) return SPARC3_ERROR_CHANGED;
-        const Boundary low = boundary(*s, s->rank);
-        const uint32_t key = static_cast<uint32_t>(s->upper) << 16 | static_cast<uint32_t>(low.bin);
-        finish(*s, static_cast<int32_t>(key), low.count - low.rank);
+        settle(*s, prune, boundary(*s, s->rank));
         return SPARC3_OK;
     }
     if (prune > total) return SPARC3_ERROR_ARGUMENT;
@@ -145,24 +118,15 @@ int sparc3_select_refine(void *state, uint64_t prune, int *more) {
         finish(*s, prune ? INT32_MAX : INT32_MIN, 0);
         return SPARC3_OK;
     }
-    const Boundary high = boundary(*s, prune);
-    s->upper = static_cast<int32_t>(high.bin) - 32768;
-    if (s->dtype != SPARC3_FP32) {  // the lower half of every key is zero
-        finish(*s, static_cast<int32_t>(static_cast<uint32_t>(s->upper) << 16), high.count - high.rank);
-        return SPARC3_OK;
-    }
-    s->prune = prune;
-    s->rank = high.rank;
-    s->expected = high.count;
-    s->stage = kLower;
-    memset(s->bins, 0, sizeof s->bins);
-    *more = 1;
+    *more = settle(*s, prune, boundary(*s, prune));
+    if (*more) memset(s->bins, 0, sizeof s->bins);
     return SPARC3_OK;
 }
 
 int sparc3_select_threshold(const void *state, sparc3_threshold *out) {
     const State *s = opened(state);
     if (!out) return SPARC3_ERROR_ARGUMENT;
+    if (s && s->error) return static_cast<int>(s->error);
     if (!s || s->stage != kDone) return SPARC3_ERROR_STATE;
     *out = s->threshold;
     return SPARC3_OK;

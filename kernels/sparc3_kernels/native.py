@@ -19,7 +19,7 @@ _NATIVE = Path(__file__).resolve().parent / "_native"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 REDUCTIONS = {"abs": 0, "square": 1}
-OK, NAN, CHANGED, FORMAT, PATTERN = 0, 3, 5, 8, 9
+OK, NAN, STATE, CHANGED, FORMAT, PATTERN = 0, 3, 4, 5, 8, 9
 HUGE_PAGE = 1 << 21  # bytes
 ISAS = ("portable", "avx2", "avx512", "avx512vbmi2", "avx512bf16")
 
@@ -141,6 +141,17 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
     "sparc3_cuda": {
         "sparc3_cuda_version": (c_char_p, []),
         "sparc3_cuda_device_count": (_STATUS, [POINTER(c_int), POINTER(c_char_p)]),
+        "sparc3_cuda_select_state_size": (c_size_t, []),
+        "sparc3_cuda_select_init": (_STATUS, [c_void_p, c_int, c_void_p]),
+        "sparc3_cuda_select_count": (_STATUS, [c_void_p, c_int, c_void_p, c_size_t, c_void_p]),
+        "sparc3_cuda_select_refine": (_STATUS, [c_void_p, c_uint64, c_void_p]),
+        "sparc3_cuda_select_threshold": (_STATUS, [c_void_p, POINTER(Threshold), c_void_p]),
+        "sparc3_cuda_select_mask_workspace_size": (c_size_t, [c_size_t]),
+        "sparc3_cuda_select_mask": (
+            _STATUS,
+            [c_void_p, c_int, c_void_p, c_size_t, c_void_p, c_void_p, c_size_t, c_void_p],
+        ),
+        "sparc3_cuda_select_rows": (_STATUS, [c_int, c_void_p, *[c_size_t] * 3, *[c_void_p] * 3]),
     },
 }
 

@@ -7,10 +7,11 @@ padding bits 0.
 
 The reference is a stable sort. The CPU library finds the threshold with two counting passes, over the upper
 and the lower 16 bits of a monotone 32-bit key (one pass for 16-bit scores): the radix select of Alabi et al.
-2012, "Fast k-selection algorithms for graphics processing units", with a radix of 2^16.
+2012, "Fast k-selection algorithms for graphics processing units", with a radix of 2^16. The CUDA library does the
+same with histograms in shared memory, and takes rows from scores to mask bits in one kernel; it was tested in an
+emulation of CUDA and has not been timed on a GPU. N:M on CUDA runs on the reference.
 """
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sparc3_kernels import native
 from sparc3_kernels.backend import choose
+from sparc3_kernels.select_native import CpuSelector, CudaSelector, empty_bits, rows_on_cuda
 
 # Multiplying eight 0/1 bytes by this moves byte i to bit 56 + i, all products landing on distinct bits.
 _GATHER_BITS = 0x0102040810204080
@@ -81,10 +83,13 @@ torch.library.define("sparc3::select_nm", "(Tensor scores, int n, int m) -> Tens
 
 @torch.library.impl("sparc3::select_flat", "default")
 def _select_flat(scores: Tensor, prune: int) -> Tensor:
-    if choose("select_flat", _fits(scores)) == "reference":
+    chosen = choose("select_flat", _fits(scores) | _fits_cuda(scores))
+    if chosen == "reference":
         return select_rows_reference(scores.reshape(1, -1), prune)
+    if chosen == "cuda":
+        return _flat_on_cuda(scores.contiguous(), prune)
     library, threads = native.library(), torch.get_num_threads()
-    scores, bits = scores.contiguous(), _empty_bits(scores)
+    scores, bits = scores.contiguous(), empty_bits(scores)
     work = native.workspace(library.sparc3_select_flat_workspace_size(threads))
     status = library.sparc3_select_flat(
         *(native.DTYPES[scores.dtype], scores.data_ptr(), scores.numel(), prune, bits.data_ptr(), None),
@@ -96,10 +101,15 @@ def _select_flat(scores: Tensor, prune: int) -> Tensor:
 
 @torch.library.impl("sparc3::select_rows", "default")
 def _select_rows(scores: Tensor, prune: int) -> Tensor:
-    if choose("select_rows", _fits(scores)) == "reference":
+    chosen = choose("select_rows", _fits(scores) | _fits_cuda(scores))
+    if chosen == "reference":
         return select_rows_reference(scores, prune)
-    library, threads = native.library(), torch.get_num_threads()
-    scores, bits = scores.contiguous(), _empty_bits(scores)
+    scores = scores.contiguous()
+    if chosen == "cuda":
+        bits, status = rows_on_cuda(scores, prune)
+        _check_status(status, scores)
+        return bits
+    library, threads, bits = native.library(), torch.get_num_threads(), empty_bits(scores)
     work = native.workspace(library.sparc3_select_rows_workspace_size(scores.shape[1], threads))
     status = library.sparc3_select_rows(
         *(native.DTYPES[scores.dtype], scores.data_ptr(), *scores.shape, prune, bits.data_ptr()),
@@ -113,7 +123,7 @@ def _select_rows(scores: Tensor, prune: int) -> Tensor:
 def _select_nm(scores: Tensor, n: int, m: int) -> Tensor:
     if choose("select_nm", _fits(scores)) == "reference":
         return select_rows_reference(scores.reshape(-1, m), m - n)
-    scores, bits = scores.contiguous(), _empty_bits(scores)
+    scores, bits = scores.contiguous(), empty_bits(scores)
     status = native.library().sparc3_select_nm(
         *(native.DTYPES[scores.dtype], scores.data_ptr(), scores.numel(), n, m, bits.data_ptr()),
         torch.get_num_threads(),
@@ -125,12 +135,12 @@ def _select_nm(scores: Tensor, n: int, m: int) -> Tensor:
 @torch.library.register_fake("sparc3::select_flat")
 @torch.library.register_fake("sparc3::select_rows")
 def _fake(scores: Tensor, prune: int) -> Tensor:
-    return _empty_bits(scores)
+    return empty_bits(scores)
 
 
 @torch.library.register_fake("sparc3::select_nm")
 def _fake_nm(scores: Tensor, n: int, m: int) -> Tensor:
-    return _empty_bits(scores)
+    return empty_bits(scores)
 
 
 def select_flat(scores: Tensor, prune: int) -> Tensor:
@@ -182,8 +192,9 @@ def select_stream(chunks: Callable[[], Iterable[Tensor]], prune: int) -> Iterato
 
     Args:
         chunks: each call returns a fresh iterable over the same tensors (any shapes, one dtype), held
-            one at a time: fp32 scores are read three times, 16-bit ones twice. Tensors of other devices are
-            copied to the CPU. The reference backend (fp64 scores, or no native library) holds them all.
+            one at a time: fp32 scores are read three times, 16-bit ones twice. They are selected where the
+            first one lies if the libraries can, else on the CPU; the others are copied there. The reference
+            backend (fp64 scores, or no native library) holds them all.
         prune: how many to prune over all tensors.
 
     Yields:
@@ -192,57 +203,52 @@ def select_stream(chunks: Callable[[], Iterable[Tensor]], prune: int) -> Iterato
     Raises:
         ValueError: a score is NaN, dtypes differ, the tensors change between passes, or not 0 <= prune <= n.
     """
-    state: Tensor | None = None
+    selector: CpuSelector | CudaSelector | None = None
     dtype: torch.dtype | None = None
-    more = ctypes.c_int(1)
-    while more.value:
+    more = True
+    while more:
         index = total = 0
         for chunk in chunks():
             dtype = dtype or chunk.dtype
             _check_dtype(index, chunk, dtype)
-            if state is None:
-                if choose("select_stream", {"cpu": _unfit(chunk.dtype)}) == "reference":
+            if selector is None:
+                chosen = choose("select_stream", {**_fits_cuda(chunk), "cpu": _unfit(dtype)})
+                if chosen == "reference":
                     yield from _select_stream_reference(chunks, prune)
                     return
-                library, threads = native.library(), torch.get_num_threads()
-                state = native.workspace(library.sparc3_select_state_size())
-                work = native.workspace(library.sparc3_select_workspace_size(threads))
-                native.check(library.sparc3_select_init(state.data_ptr(), native.DTYPES[dtype]))
-            scores = chunk.detach().cpu().contiguous()
-            status = library.sparc3_select_count(
-                *(state.data_ptr(), scores.data_ptr(), scores.numel()),
-                *(threads, work.data_ptr(), work.numel()),
-            )
-            _check_status(status, scores, f"tensor {index}: ")
+                selector = CudaSelector(dtype, chunk.device) if chosen == "cuda" else CpuSelector(dtype)
+            scores = chunk.detach().to(selector.device).contiguous()
+            _check_status(selector.count(scores), scores, f"tensor {index}: ")
             index, total = index + 1, total + scores.numel()
             del chunk, scores  # before the next one is made
         _check_prune(prune, total, "scores")
-        if state is None:
+        if selector is None:
             return
-        status = library.sparc3_select_refine(state.data_ptr(), prune, ctypes.byref(more))
+        status, more = selector.refine(prune)
         if status == native.CHANGED:
             raise ValueError(_CHANGED)
         native.check(status)
 
-    assert state is not None
-    threshold = native.Threshold()
-    native.check(library.sparc3_select_threshold(state.data_ptr(), ctypes.byref(threshold)))
+    assert selector is not None
     kept = 0
     for chunk in chunks():
-        scores = chunk.detach().cpu().contiguous()
-        bits = _empty_bits(scores)
-        native.check(
-            library.sparc3_select_mask(
-                *(native.DTYPES[scores.dtype], scores.data_ptr(), scores.numel()),
-                *(ctypes.byref(threshold), bits.data_ptr(), threads),
-            )
-        )
+        scores = chunk.detach().to(selector.device).contiguous()
+        bits = selector.mask(scores)
         kept += count_bits(bits)
         bits = bits.to(chunk.device)
         del chunk, scores
         yield bits
     if kept != total - prune:
         raise ValueError(_CHANGED)
+
+
+def _flat_on_cuda(scores: Tensor, prune: int) -> Tensor:
+    selector, more = CudaSelector(scores.dtype, scores.device), True
+    while more:
+        _check_status(selector.count(scores), scores)
+        status, more = selector.refine(prune)
+        native.check(status)
+    return selector.mask(scores)
 
 
 def _select_stream_reference(chunks: Callable[[], Iterable[Tensor]], prune: int) -> Iterator[Tensor]:
@@ -259,10 +265,6 @@ def _select_stream_reference(chunks: Callable[[], Iterable[Tensor]], prune: int)
         yield pack_bits(part)
 
 
-def _empty_bits(scores: Tensor) -> Tensor:
-    return scores.new_empty((scores.numel() + 7) // 8, dtype=torch.uint8)
-
-
 def _unfit(dtype: torch.dtype) -> str | None:
     return None if dtype in native.DTYPES else f"it takes fp32, bf16 and fp16 scores, not {dtype}"
 
@@ -271,6 +273,11 @@ def _fits(scores: Tensor) -> dict[str, str | None]:
     return {
         "cpu": _unfit(scores.dtype) if scores.device.type == "cpu" else f"the scores are on {scores.device}"
     }
+
+
+def _fits_cuda(scores: Tensor) -> dict[str, str | None]:
+    on = scores.device
+    return {"cuda": _unfit(scores.dtype) if on.type == "cuda" else f"the scores are on {on}"}
 
 
 def _check_status(status: int, scores: Tensor, where: str = "") -> None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for every chip that users own without spilling, and what decodes weights is short."""
+"""The CUDA kernels compile for every chip that users own without spilling, and with the shared memory it has."""
 
 import importlib.util
 import re
@@ -119,3 +119,13 @@ def test_two_of_four_keeps_loads_on_their_way(tmp_path: Path) -> None:
     code = instructions("two_of_four", "two_of_four_kernelILi1ELi1E", tmp_path)
     kinds = "".join("p" if "HMMA.SP" in line else "w" if "LDG.E.EF" in line else "" for line in code)
     assert "wwwwwwwwwwww" in kinds
+
+
+@pytest.mark.parametrize("name", ["select_count", "select_mask", "select_rows"])
+def test_select(name: str) -> None:
+    for kernel in compiled(name):
+        assert kernel.spills == kernel.stack == 0, kernel
+        # One block of 1024 threads a processor counts, two of 512 hold rows: 65,536 registers.
+        assert kernel.registers <= (64 if name == "select_count" else 128), kernel
+        # Beside 64 KB of counters on chips with 99 KB; for rows, what a block has without asking.
+        assert kernel.shared <= (35 << 10 if name == "select_count" else 48 << 10), kernel

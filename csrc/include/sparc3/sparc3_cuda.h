@@ -13,6 +13,35 @@ SPARC3_API const char *sparc3_cuda_version(void);
  * `reason` may be NULL. */
 SPARC3_API int sparc3_cuda_device_count(int *count, const char **reason);
 
+/* ---- exact selection ------------------------------------------------------------------------------------------
+ *
+ * The same selection as in sparc3.h, on the current device: all pointers are to its memory, `stream` is a cudaStream_t
+ * (NULL: the default one), and the functions return when the work is queued. Scores may be aligned to their own size;
+ * 16 bytes are faster for masks.
+ *
+ * Streaming: init(state); count(state, chunk)...; refine(state, prune); with fp32 scores count and refine once more;
+ * mask(state, chunk, bits)... in linear order. A state has the bytes of sparc3_select_init's: copied to the host,
+ * sparc3_select_merge adds up those of several devices, and sparc3_select_threshold gives the threshold. What goes
+ * wrong on the device (NaN, CHANGED, prune above the number of scores: ARGUMENT) stays in the state:
+ * sparc3_cuda_select_threshold returns it, and so do sparc3_select_refine, _merge and _threshold of a copy.
+ */
+SPARC3_API size_t sparc3_cuda_select_state_size(void);
+SPARC3_API int sparc3_cuda_select_init(void *state, int dtype, void *stream);
+/* dtype is that of sparc3_cuda_select_init. Where the threshold is known already this does nothing. */
+SPARC3_API int sparc3_cuda_select_count(void *state, int dtype, const void *scores, size_t n, void *stream);
+SPARC3_API int sparc3_cuda_select_refine(void *state, uint64_t prune, void *stream);
+/* Wait for the stream and read the threshold; SPARC3_ERROR_STATE before it is known. `out` is on the host. */
+SPARC3_API int sparc3_cuda_select_threshold(const void *state, sparc3_threshold *out, void *stream);
+/* The packed mask, ceil(n / 8) bytes, of the next chunk; how many equal scores are still to be kept is in the state. */
+SPARC3_API size_t sparc3_cuda_select_mask_workspace_size(size_t n);
+SPARC3_API int sparc3_cuda_select_mask(void *state, int dtype, const void *scores, size_t n, uint8_t *bits,
+                                       void *workspace, size_t workspace_size, void *stream);
+
+/* Prune the `prune` lowest of each row of scores [rows, cols]. `*error` becomes SPARC3_OK, or SPARC3_ERROR_NAN and
+ * the bits are undefined. */
+SPARC3_API int sparc3_cuda_select_rows(int dtype, const void *scores, size_t rows, size_t cols, size_t prune,
+                                       uint8_t *bits, uint32_t *error, void *stream);
+
 /* ---- packed weights -------------------------------------------------------------------------------------------
  *
  * All pointers are to memory of the current device, `stream` is a cudaStream_t (NULL: the default one); the functions
