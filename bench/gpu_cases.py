@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from gpu_case import Case, Implementation, Made, compiled, normal
 from gpu_row_cases import gated_mlp_cases, norm_cases
+from gpu_select_cases import select_cases
 from sparc3_kernels import accumulate_weight_relevance_
 from sparc3_kernels.attention import attention, beats_sdpa
 from sparc3_kernels.attention_backward import attention_backward
@@ -229,4 +230,5 @@ def cases() -> list[Case]:
         *norm_cases(),
         *gated_mlp_cases(),
         _lm_head(2048, 2304, 262144),
+        *select_cases(),
     ]

@@ -21,6 +21,8 @@ KINDS = (
     "SwiGLU forward",
     "GeGLU backward",
     "LM head",
+    "select: threshold",
+    "select: half of each row",
 )
 
 
