@@ -125,7 +125,7 @@ def test_two_of_four_keeps_loads_on_their_way(tmp_path: Path) -> None:
 def test_select(name: str) -> None:
     for kernel in compiled(name):
         assert kernel.spills == kernel.stack == 0, kernel
-        # One block of 1024 threads a processor counts, two of 512 hold rows: 65,536 registers.
+        # A processor has 65,536 for one block, of 1024 threads to count and of 512 to hold rows.
         assert kernel.registers <= (64 if name == "select_count" else 128), kernel
         # Beside 64 KB of counters on chips with 99 KB; for rows, what a block has without asking.
         assert kernel.shared <= (35 << 10 if name == "select_count" else 48 << 10), kernel
