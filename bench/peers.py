@@ -7,7 +7,8 @@
 
 Calibration windows come from lee_background.cor, the held-out windows are lee.cor; a window is BOS and 128 tokens.
 Results go to bench/results/peers-MODEL.json, case by case, with every window's negative log-likelihood, and to a
-Markdown table; cases that are there already are not run again.
+Markdown table; cases that are there already are not run again. ``--busy``: other work runs beside, so that times
+say nothing and are left out.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class Table:
         order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(1 + seed))
         return self.pool[order[: self.samples].sort().values]
 
-    def run(self, seeds: int, patterns: list[str], only: list[str]) -> None:
+    def run(self, seeds: int, patterns: list[str], only: list[str], busy: bool) -> None:
         for number in range(seeds):
             seed = Seed(self.loaded.model, self.calibration(number))
             for pattern in patterns:
@@ -151,9 +152,9 @@ class Table:
                     if (only and label not in only) or (label == "magnitude" and number > 0):
                         continue
                     if not any(row["case"] == [label, pattern, number] for row in self.rows):
-                        self._measure(seed, label, pattern, number)
+                        self._measure(seed, label, pattern, number, busy)
 
-    def _measure(self, seed: Seed, label: str, pattern: str, number: int) -> None:
+    def _measure(self, seed: Seed, label: str, pattern: str, number: int, busy: bool) -> None:
         mask, seconds = seed.mask(label, pattern)
         found = evaluate_pruned(self.loaded.model, mask, self.judged)
         settings = {key: value for key, value in mask.settings.items() if key != "budgets"}
@@ -163,7 +164,7 @@ class Table:
                 "settings": settings,
                 "sparsity": mask.sparsity,
                 "perplexity": found.value,
-                "seconds": round(seconds, 1),
+                "seconds": None if busy else round(seconds, 1),
                 "nll": [round(value, 6) for value in found.nll.tolist()],
             }
         )
@@ -218,9 +219,10 @@ def markdown(data: dict[str, Any]) -> str:
             seeds = seeds_of(rows, label, pattern)
             mine = loss(rows, label, pattern, seeds)
             cells.append("" if mine is None else f"{mine.value:.1f} ({len(seeds)})")
-        times = [row["seconds"] for row in rows if row["case"][0] == label]
-        if times:
-            lines.append(f"| {label} | {' | '.join(cells)} | {torch.tensor(times).median():.0f} |")
+        times = [row["seconds"] for row in rows if row["case"][0] == label and row["seconds"] is not None]
+        if any(cells):
+            seconds = f"{torch.tensor(times).median():.0f}" if times else "not measured"
+            lines.append(f"| {label} | {' | '.join(cells)} | {seconds} |")
     lines += [
         "\nIn nats a token with a 95 % interval paired over windows, over the seeds that both have; negative is "
         "ahead.\n",
@@ -266,6 +268,7 @@ def main(
     samples: int = 32,
     seeds: int = 3,
     memory: bool = False,
+    busy: bool = False,
     peak_of: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Run the comparison and write its JSON and Markdown to bench/results."""
@@ -279,7 +282,7 @@ def main(
             table.memory = {label: peak_memory(name, label, samples) for label in labels("50%")}
             table.write()
         else:
-            table.run(seeds, pattern or list(PATTERNS), only or [])
+            table.run(seeds, pattern or list(PATTERNS), only or [], busy)
             Console(width=160).print(markdown(json.loads(table.target.read_text())), markup=False)
 
 
