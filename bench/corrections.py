@@ -78,6 +78,7 @@ METHODS = (
     ("lrp", "difference", "attnlrp"),
     ("lrp", "set-difference", "attnlrp"),
     ("lrp", "absolute", None),
+    ("lrp", "absolute", "gradient,activation=identity"),
     ("gradient", "absolute", None),
     ("activation", "difference", None),
 )
