@@ -26,8 +26,8 @@ from rich.console import Console
 
 from sparc3 import behaviours, bundled_text
 from sparc3.behaviours import Behaviour
-from sparc3.contrast import DEFAULT_RULES
 from sparc3.contrast import METHODS as CHOSEN
+from sparc3.contrast import default_rule
 from sparc3.correct import BUDGET, Correction
 from sparc3.evaluate import _t_quantile
 from sparc3.models import BUNDLED, Loaded
@@ -78,7 +78,7 @@ METHODS = (
     ("lrp", "difference", "attnlrp"),
     ("lrp", "set-difference", "attnlrp"),
     ("lrp", "absolute", None),
-    ("lrp", "absolute", "gradient,activation=identity"),
+    ("lrp", "absolute", "attnlrp"),
     ("gradient", "absolute", None),
     ("activation", "difference", None),
 )
@@ -129,9 +129,9 @@ def texts(
     )
 
 
-def _rule(unit: str, method: str, rule: str | None) -> str:
+def _rule(unit: str, method: str, contrast: str, rule: str | None) -> str:
     """The rule of a row; none but for lrp."""
-    return (rule or DEFAULT_RULES[unit]) if method == "lrp" else ""
+    return (rule or default_rule(unit, contrast)) if method == "lrp" else ""
 
 
 def second_scores(texts: Sequence[str]) -> list[float]:
@@ -171,8 +171,8 @@ def run(
                 for method, contrast, rule in methods
                 if method in CHOSEN[unit]
                 and not (contrast == "absolute" and unit == "weight")
-                and not (contrast == "difference" and rule == DEFAULT_RULES[unit])
-                and (unit, seed, method, contrast, _rule(unit, method, rule), spare) not in done
+                and not (contrast == "difference" and rule == default_rule(unit, contrast))
+                and (unit, seed, method, contrast, _rule(unit, method, contrast, rule), spare) not in done
             ]
             if not missing:
                 continue
@@ -214,7 +214,7 @@ def run(
                         "seed": seed,
                         "method": method,
                         "contrast": contrast,
-                        "rule": _rule(unit, method, rule),
+                        "rule": _rule(unit, method, contrast, rule),
                         "spare": spare,
                         "total": correction.total,
                         "run": correction.run,

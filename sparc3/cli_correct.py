@@ -97,7 +97,8 @@ def correct(
     rule: Annotated[
         str | None,
         typer.Option(
-            help="LRP rule, as in prune. Default: attnlrp, for weights gradient,activation=identity."
+            help="LRP rule, as in prune. Default: attnlrp, for weights and --contrast absolute "
+            "gradient,activation=identity."
         ),
     ] = None,
     target: Annotated[

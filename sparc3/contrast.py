@@ -40,9 +40,6 @@ METHODS = {
     "neuron": ("lrp", "gradient", "activation", "random"),
     "head": ("lrp", "gradient", "activation", "random"),
 }
-# Where weights of a model compete, the constants that LRP's rules for norms and products put on whole rows decide
-# (docs/quality.md); a neuron or head has the same constant on all that it is.
-DEFAULT_RULES = {"weight": "gradient,activation=identity", "neuron": "attnlrp", "head": "attnlrp"}
 # Share of the weights or components that a set difference leaves alone.
 PROTECTED = 0.05
 # How much more a loss of general text counts than as much of the behaviour, where |R| is compared.
@@ -50,6 +47,15 @@ GUARD = 4.0
 
 # What is explained unless told otherwise.
 DEFAULT_TARGETS = {"difference": "logit", "set-difference": "logit", "absolute": "lead"}
+
+
+def default_rule(unit: str, contrast: str) -> str:
+    """The LRP rule unless told otherwise."""
+    # Where weights of a model compete, the constants that LRP's rules for norms and products put on whole rows decide
+    # (docs/quality.md); a neuron or head has the same constant on all that it is. The absolute contrast sets two
+    # targets against each other, and the full rule breaks SmolLM2 by it (docs/correction.md).
+    return "gradient,activation=identity" if unit == "weight" or contrast == "absolute" else "attnlrp"
+
 
 Progress = Callable[[int], None]
 # By state-dict name for weights [..., out, in], and {unit: [n]} for components.

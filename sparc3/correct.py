@@ -26,11 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparc3.behaviours import Behaviour
 from sparc3.continuations import Continuation, continuations
 from sparc3.contrast import (
-    DEFAULT_RULES,
     DEFAULT_TARGETS,
     Values,
     check_contrast,
     contrasted,
+    default_rule,
     mean_relevance,
     random_scores,
 )
@@ -170,7 +170,7 @@ class Correction:
         Args:
             method: sparc3.contrast.METHODS of the unit.
             contrast: difference | set-difference | absolute.
-            rule, target: of lrp; None: sparc3.contrast.DEFAULT_RULES, DEFAULT_TARGETS. The target is gradient's too.
+            rule, target: of lrp; None: sparc3.contrast.default_rule, DEFAULT_TARGETS. The target is gradient's too.
             counts: the sweep; None: ``POINTS`` numbers up to the unit's share of ``SHARES``, each half the next.
             budget: the largest increase of perplexity, as 0.01; None: the last of ``counts`` is chosen as it is.
             spare: leave out what costs more than its share of such an increase, measured on a few of the windows that
@@ -214,7 +214,9 @@ class Correction:
             settings |= {"contrast": contrast}
         if method in ("lrp", "gradient"):
             settings |= {"target": target or DEFAULT_TARGETS[contrast]}
-        settings |= {"rule": str(Rule.parse(rule or DEFAULT_RULES[self.unit]))} if method == "lrp" else {}
+        settings |= (
+            {"rule": str(Rule.parse(rule or default_rule(self.unit, contrast)))} if method == "lrp" else {}
+        )
         settings |= {"seed": seed} if method == "random" else {}
         settings |= {} if spare is None else {"spare": spare}
         mask = self.mask(scores, chosen.count if chosen else 0)
@@ -236,7 +238,7 @@ class Correction:
         Args:
             tell: called with the number of samples that are scored, and of how many.
         """
-        rule = DEFAULT_RULES[self.unit] if rule is None else rule
+        rule = default_rule(self.unit, contrast) if rule is None else rule
         target = DEFAULT_TARGETS.get(contrast, "logit") if target is None else target
         check_contrast(self.unit, method, contrast, rule, target)
         if method == "random":

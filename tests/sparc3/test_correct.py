@@ -71,7 +71,15 @@ def test_the_absolute_contrast_sets_loss_at_each_token_against_the_lead(method):
     search = correction()
     undesired = explained_batches(search.model, search.tokenizer, search.behaviour, search.ranking)
     general, bad = (
-        mean_relevance(search.model, batches, "neuron", method, skip_first=True, **options)["neuron"]
+        mean_relevance(
+            search.model,
+            batches,
+            "neuron",
+            method,
+            rule="gradient,activation=identity",
+            skip_first=True,
+            **options,
+        )["neuron"]
         for batches, options in (
             (as_batches(search.model, windows()[::2]), {"target": "logprob", "absolute": True}),
             (undesired, {"target": "lead"}),
