@@ -61,6 +61,32 @@ def _rms_norm(tokens: int, width: int) -> Case:
     return Case(f"RMSNorm forward {tokens}x{width}", make)
 
 
+def _residual_norm(tokens: int, width: int) -> Case:
+    """The norm after a residual addition, and their sum, which goes on beside it."""
+
+    def make(device: torch.device, dry: bool) -> Made:
+        rows, d = (8, 64) if dry else (tokens, width)
+        x, residual, weight = normal(device, rows, d), normal(device, rows, d), normal(device, d)
+
+        def ours(x: Any, residual: Any, weight: Any) -> tuple[torch.Tensor, ...]:
+            return rms_norm(x, weight, 1e-6, residual=residual)[:2]
+
+        def eager(x: Any, residual: Any, weight: Any) -> tuple[torch.Tensor, ...]:
+            total = x + residual
+            return F.rms_norm(total.float(), (d,), weight.float(), 1e-6).to(x.dtype), total
+
+        def liger(x: Any, residual: Any, weight: Any) -> tuple[torch.Tensor, ...]:
+            from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+            return LigerFusedAddRMSNormFunction.apply(x, residual, weight, 1e-6, 0.0, "llama", False)
+
+        implementations = _with_peers(ours, eager, dry)
+        implementations["Liger-Kernel"] = liger
+        return Made([x, residual, weight], eager, implementations, bytes=8 * rows * d, short=True)
+
+    return Case(f"residual addition and RMSNorm forward {tokens}x{width}", make)
+
+
 def _layer_norm(tokens: int, width: int) -> Case:
     def make(device: torch.device, dry: bool) -> Made:
         rows, d = (8, 64) if dry else (tokens, width)
@@ -141,6 +167,7 @@ def norm_cases() -> list[Case]:
         _norm_backward(8192, 8192),
         _rms_norm(2048, 4096),
         _rms_norm(8192, 8192),
+        _residual_norm(8192, 4096),
         _layer_norm(8192, 4096),
     ]
 

@@ -27,11 +27,13 @@ from sparc3_kernels.attention_blocks import (
     block_width,
     keys_of,
     last_contiguous,
+    layout,
     load_block,
     score_block,
     seen_block,
     sequence_of,
-    strides,
+    sequences_of,
+    switches,
 )
 from sparc3_kernels.backend import choose
 from sparc3_kernels.triton_support import jit, tl
@@ -170,14 +172,11 @@ def attention_triton(
     fresh = torch.empty if begin is None else torch.zeros
     out = fresh(batch, tokens, heads, width, dtype=q.dtype, device=q.device)
     lse = fresh(batch, heads, tokens, dtype=torch.float32, device=q.device)
-    sequences = batch if begin is None else len(begin)
-    block_d = block_width(width)
-    sizes = _configuration(block_d, support.chip(q.device)[1])
+    sizes = _configuration(block_width(width), support.chip(q.device)[1])
     support.launch(
-        _attention_kernel, (support.ceil_div(tokens, sizes["BLOCK_M"]), heads, sequences),
-        *(q, k, v, out, lse, begin, end, *strides(q), *strides(k), *strides(v), int(sequences == batch)),
-        *(tokens, heads, heads // k.shape[1], width, scale, softcap, window),
-        CAUSAL=causal, WINDOW=window > 0, SOFTCAP=softcap > 0, BLOCK_D=block_d, EVEN_D=width == block_d, **sizes,
+        _attention_kernel, (support.ceil_div(tokens, sizes["BLOCK_M"]), heads, sequences_of(q, begin)),
+        *(q, k, v, out, lse, begin, end, *layout(q, k, v, begin), scale, softcap, window),
+        **switches(width, causal, window, softcap), **sizes,
     )  # fmt: skip
     return out, lse
 

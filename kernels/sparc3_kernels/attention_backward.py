@@ -30,10 +30,12 @@ from sparc3_kernels.attention import attention_triton, check, scores_reference, 
 from sparc3_kernels.attention_blocks import (
     block_width,
     last_contiguous,
+    layout,
     load_block,
     score_block,
     sequence_of,
-    strides,
+    sequences_of,
+    switches,
 )
 from sparc3_kernels.attention_query_gradient import query_gradient_triton
 from sparc3_kernels.backend import choose
@@ -218,7 +220,7 @@ def attention_backward_triton(
     temperature: float, need_qk: bool,
 ) -> Gradients:  # fmt: skip
     """(dq, dk, dv, delta); dq and dk empty without need_qk."""
-    batch, heads, tokens, width = q.shape
+    tokens, width = q.shape[2:]
     q, k, v = (last_contiguous(x) for x in (q, k, v))
     d_out, out = d_out.contiguous(), out.contiguous()
     delta = _delta_triton(out, d_out)
@@ -231,17 +233,15 @@ def attention_backward_triton(
     fresh = torch.empty_like if begin is None else torch.zeros_like
     dv = fresh(v, memory_format=torch.contiguous_format)
     dk = fresh(k, memory_format=torch.contiguous_format) if need_qk else k.new_empty(0)
-    group, sequences = heads // k.shape[1], batch if begin is None else len(begin)
-    block_d = block_width(width)
     sizes, apart = _configuration(width, need_qk, softcap > 0, support.chip(q.device)[1])
     for need_k, need_v in ((True, False), (False, True)) if apart and need_qk else ((need_qk, True),):
         support.launch(
-            _key_value_kernel, (support.ceil_div(tokens, sizes["BLOCK_N"]), k.shape[1], sequences),
-            *(q, k, v, d_out, lse, lse_t, delta_t, dk, dv, begin, end, *strides(q), *strides(k), *strides(v)),
-            *(int(sequences == batch), tokens, heads, group, width),
+            _key_value_kernel,
+            (support.ceil_div(tokens, sizes["BLOCK_N"]), k.shape[1], sequences_of(q, begin)),
+            *(q, k, v, d_out, lse, lse_t, delta_t, dk, dv, begin, end, *layout(q, k, v, begin)),
             *(scale, softcap, window, temperature, k_scale * scale, v_scale),
-            NEED_K=need_k, NEED_V=need_v, TEMPERED=tempered and need_k, CAUSAL=causal, WINDOW=window > 0,
-            SOFTCAP=softcap > 0, BLOCK_D=block_d, EVEN_D=width == block_d, **sizes,
+            NEED_K=need_k, NEED_V=need_v, TEMPERED=tempered and need_k,
+            **switches(width, causal, window, softcap), **sizes,
         )  # fmt: skip
     if not need_qk:
         return q.new_empty(0), dk, dv, delta

@@ -75,9 +75,28 @@ def block_width(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of batch, head and token of [B, H, T, D]."""
-    return x.stride(0), x.stride(1), x.stride(2)
+def sequences_of(q: Tensor, begin: Tensor | None) -> int:
+    """How many sequences there are: samples, or the packed ones of one sample."""
+    return q.shape[0] if begin is None else len(begin)
+
+
+def layout(q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None) -> tuple[int, ...]:
+    """What every kernel is told of its inputs: strides of batch, head and token of q, k and v, and the sizes."""
+    batch, heads, tokens, width = q.shape
+    steps = (step for x in (q, k, v) for step in x.stride()[:3])
+    return *steps, int(sequences_of(q, begin) == batch), tokens, heads, heads // k.shape[1], width
+
+
+def switches(width: int, causal: bool, window: int, softcap: float) -> dict[str, bool | int]:
+    """Constants of every kernel."""
+    block = block_width(width)
+    return {
+        "CAUSAL": causal,
+        "WINDOW": window > 0,
+        "SOFTCAP": softcap > 0,
+        "BLOCK_D": block,
+        "EVEN_D": width == block,
+    }
 
 
 def last_contiguous(x: Tensor) -> Tensor:

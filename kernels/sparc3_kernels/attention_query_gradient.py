@@ -13,11 +13,13 @@ from sparc3_kernels import triton_support as support
 from sparc3_kernels.attention_blocks import (
     block_width,
     keys_of,
+    layout,
     load_block,
     score_block,
     seen_block,
     sequence_of,
-    strides,
+    sequences_of,
+    switches,
 )
 from sparc3_kernels.triton_support import jit, tl
 
@@ -97,17 +99,14 @@ def query_gradient_triton(
     end: Tensor | None, scale: float, causal: bool, window: int, softcap: float, temperature: float, factor: float,
 ) -> Tensor:  # fmt: skip
     """dq [B, H, T, D]; lse and delta [B, H, T] at the temperature, the rest as in `attention_backward`."""
-    batch, heads, tokens, width = q.shape
+    _, heads, tokens, width = q.shape
     fresh = torch.empty_like if begin is None else torch.zeros_like
     dq = fresh(q, memory_format=torch.contiguous_format)
-    sequences = batch if begin is None else len(begin)
-    block_d = block_width(width)
-    sizes = _configuration(block_d, support.chip(q.device)[1])
+    sizes = _configuration(block_width(width), support.chip(q.device)[1])
     support.launch(
-        _query_kernel, (support.ceil_div(tokens, sizes["BLOCK_M"]), heads, sequences),
-        *(q, k, v, d_out, lse, delta, dq, begin, end, *strides(q), *strides(k), *strides(v)),
-        *(int(sequences == batch), tokens, heads, heads // k.shape[1], width),
+        _query_kernel, (support.ceil_div(tokens, sizes["BLOCK_M"]), heads, sequences_of(q, begin)),
+        *(q, k, v, d_out, lse, delta, dq, begin, end, *layout(q, k, v, begin)),
         *(scale, softcap, window, temperature, factor),
-        CAUSAL=causal, WINDOW=window > 0, SOFTCAP=softcap > 0, BLOCK_D=block_d, EVEN_D=width == block_d, **sizes,
+        **switches(width, causal, window, softcap), **sizes,
     )  # fmt: skip
     return dq

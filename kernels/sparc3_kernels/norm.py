@@ -10,7 +10,8 @@ and with gw = dy (offset + weight):
 - LayerNorm: dx = s * (gw - mean(gw) - c * xhat * mean(gw * xhat))
 
 c = ``scale_gradient`` is 0 where the scale is a constant, so that R_x = R_y up to the centring, and 1 for the
-plain derivative. Source: AttnLRP (arXiv 2402.05602), the identity rule on normalisation.
+plain derivative. Source: AttnLRP (arXiv 2402.05602), the identity rule on normalisation. With a residual, dx is the
+gradient of both, to which that of the sum, where it goes on beside the norm, is added.
 
 Triton: a program holds whole rows, so each tensor is read once; with s kept and c = 0 the backward does not read x at
 all (8 bytes an element of D in bf16: dy in, dx out). fp32 arithmetic. Not yet measured on a GPU.
@@ -211,51 +212,29 @@ torch.library.define(
 
 
 @torch.library.impl("sparc3::norm", "default")
-def _norm(x: Tensor, residual: Any, weight: Any, bias: Any, eps: float, offset: float, centred: bool) -> Any:
-    chosen = choose("norm", {"triton": _unfit(x, residual, weight, bias)})
-    if chosen == "triton":
-        return _norm_triton(x, residual, weight, bias, eps, offset, centred)
-    y, total, scale = norm_reference(x, residual, weight, bias, eps, offset, centred)
+def _norm(x: Tensor, residual: Any, weight: Any, bias: Any, *numbers: Any) -> Any:
+    if choose("norm", {"triton": _unfit(x, residual, weight, bias)}) == "triton":
+        return _norm_triton(x, residual, weight, bias, *numbers)
+    y, total, scale = norm_reference(x, residual, weight, bias, *numbers)
     return y.contiguous(), x.new_empty(0) if residual is None else total.contiguous(), scale.contiguous()
 
 
 @torch.library.register_fake("sparc3::norm")
-def _norm_fake(
-    x: Tensor, residual: Any, weight: Any, bias: Any, eps: float, offset: float, centred: bool
-) -> Any:
+def _norm_fake(x: Tensor, residual: Any, *others: Any) -> Any:
     dtype = _accumulation_dtype(x.dtype)
     total = x.new_empty(0) if residual is None else x.new_empty(x.shape)
     return x.new_empty(x.shape), total, x.new_empty(x.shape[:-1], dtype=dtype)
 
 
 @torch.library.impl("sparc3::norm_backward", "default")
-def _norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Any,
-    scale: Any,
-    eps: float,
-    offset: float,
-    scale_gradient: float,
-    centred: bool,
-) -> Tensor:
-    arguments = (dy, x, weight, scale, eps, offset, scale_gradient, centred)
+def _norm_backward(dy: Tensor, x: Tensor, weight: Any, *others: Any) -> Tensor:
     if choose("norm_backward", {"triton": _unfit(x, dy, weight)}) == "triton":
-        return _norm_backward_triton(*arguments)
-    return norm_backward_reference(*arguments).contiguous()
+        return _norm_backward_triton(dy, x, weight, *others)
+    return norm_backward_reference(dy, x, weight, *others).contiguous()
 
 
 @torch.library.register_fake("sparc3::norm_backward")
-def _norm_backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    weight: Any,
-    scale: Any,
-    eps: float,
-    offset: float,
-    scale_gradient: float,
-    centred: bool,
-) -> Tensor:
+def _norm_backward_fake(dy: Tensor, x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 

@@ -17,6 +17,7 @@ KINDS = (
     "weight relevance abs 16x128 4096",
     "RMSNorm forward",
     "RMSNorm backward",
+    "residual addition",
     "LayerNorm forward",
     "SwiGLU forward",
     "GeGLU backward",
