@@ -1,7 +1,7 @@
 """LRP pruning beside the strongest peers, on real models: perplexity, time and memory in one table.
 
     python bench/peers.py                       # both real models, three calibration seeds, held-out text
-    python bench/peers.py --model smollm2 --seeds 1 --pattern 50%
+    python bench/peers.py --model smollm2 --seed 0 --pattern 50%
     python bench/peers.py --text development    # what the defaults of allocation and repair were chosen on
     python bench/peers.py --memory              # peak memory of each method, each in a process of its own
 
@@ -144,8 +144,8 @@ class Table:
         order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(1 + seed))
         return self.pool[order[: self.samples].sort().values]
 
-    def run(self, seeds: int, patterns: list[str], only: list[str], busy: bool) -> None:
-        for number in range(seeds):
+    def run(self, seeds: list[int], patterns: list[str], only: list[str], busy: bool) -> None:
+        for number in seeds:
             seed = Seed(self.loaded.model, self.calibration(number))
             for pattern in patterns:
                 for label in labels(pattern):
@@ -266,7 +266,9 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Run these rows alone.")] = None,
     text: str = "held-out",
     samples: int = 32,
-    seeds: int = 3,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Draws of calibration windows; 0, 1 and 2 if none")
+    ] = None,
     memory: bool = False,
     busy: bool = False,
     peak_of: Annotated[str, typer.Option(hidden=True)] = "",
@@ -282,7 +284,7 @@ def main(
             table.memory = {label: peak_memory(name, label, samples) for label in labels("50%")}
             table.write()
         else:
-            table.run(seeds, pattern or list(PATTERNS), only or [], busy)
+            table.run(seed or [0, 1, 2], pattern or list(PATTERNS), only or [], busy)
             Console(width=160).print(markdown(json.loads(table.target.read_text())), markup=False)
 
 

@@ -19,7 +19,10 @@ def reproduce(
     ],
     scale: Annotated[
         str,
-        typer.Option(help="paper: its models and texts from the hub | smoke: minutes, on a bundled model."),
+        typer.Option(
+            help="paper: its models and texts from the hub | reduced: small models, a share of the text | "
+            "smoke: minutes, on a bundled model."
+        ),
     ] = "paper",
     model: Annotated[
         list[str] | None, typer.Option(help="Models in place of the scale's. Repeatable.")

@@ -30,7 +30,7 @@ from sparc3.scores import attribute
 from sparc3.zero_shot import accuracies, check_installed
 
 EXPERIMENTS = ("table1", "samples", "concentration", "ioi")
-SCALES = ("paper", "smoke")
+SCALES = ("paper", "reduced", "smoke")
 HELD = (0.5, 0.9, 0.99)
 
 Tell = Callable[[str], None]
@@ -126,7 +126,10 @@ def configuration(experiment: str, scale: str, **changes: Any) -> dict[str, Any]
         raise InputError(f"scale {scale!r} is not known; use {' | '.join(SCALES)}")
     path = resources.files("sparc3") / "bundled" / "paper" / f"{experiment}.yaml"
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config |= config.pop("scales")[scale]
+    scales = config.pop("scales")
+    if scale not in scales:
+        raise InputError(f"{experiment} has no scale {scale}; use {' | '.join(scales)}")
+    config |= scales[scale]
     for name, value in changes.items():
         if value is None:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,13 @@ def _concentration(config: dict[str, Any], results: Results) -> list[str]:
 
 def _ioi(config: dict[str, Any], results: Results) -> list[str]:
     rows = []
-    for unit in config["units"]:
-        for method in _methods(_of(results, unit=unit)):
-            ours = _of(results, unit=unit, method=method)
+    for model, unit in product(config["models"], config["units"]):
+        for method in _methods(_of(results, model=model, unit=unit)):
+            ours = _of(results, model=model, unit=unit, method=method)
             kept = _spread(100 * row["sparsest"]["fraction"] for row in ours)
-            rows.append([unit, method, f"{kept} %", _spread(row["cpr"] for row in ours), str(len(ours))])
-    return _table(["unit", "method", "kept for 90 % of the accuracy", "CPR", "seeds"], rows)
+            cells = [f"{kept} %", _spread(row["cpr"] for row in ours), str(len(ours))]
+            rows.append([_short(model), unit, method, *cells])
+    return _table(["model", "unit", "method", "kept for 90 % of the accuracy", "CPR", "seeds"], rows)
 
 
 # Plots -------------------------------------------------------------------------------------------------------------
@@ -113,24 +115,24 @@ def plot(experiment: str, config: dict[str, Any], results: Results, path: Path) 
     """Our figures as lines or bars, the paper's as crosses of the same colour."""
     from matplotlib.figure import Figure
 
-    panels = {
-        "table1": config["models"],
-        "samples": config["models"],
-        "concentration": _methods(results),
-        "ioi": list(config.get("units", [])),
+    draw, across = {
+        "table1": (_draw_table1, []),
+        "samples": (_draw_samples, []),
+        "concentration": (_draw_kinds, _methods(results)),
+        "ioi": (_draw_ioi, list(config.get("units", []))),
     }[experiment]
-    panels = panels or [""]
-    figure = Figure(figsize=(1.2 + 4.2 * len(panels), 4.2), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw = {
-            "table1": _draw_table1,
-            "samples": _draw_samples,
-            "concentration": _draw_kinds,
-            "ioi": _draw_ioi,
-        }
-        draw[experiment](axes, config, results, panel)
-        axes.set_title(_short(panel))
-        axes.grid(alpha=0.25)
+    models = list(config["models"])
+    # One row of panels for each model, or one row of models where a model takes one panel.
+    panels = (
+        [[(model, part) for part in across] for model in models] if across else [[(m, "") for m in models]]
+    )
+    size = (1.2 + 4.2 * len(panels[0]), 4.2 * len(panels))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(panels), len(panels[0]), squeeze=False)
+    for place, (model, part) in zip(axes.flat, chain(*panels), strict=True):
+        draw(place, config, _of(results, model=model), model, part)
+        place.set_title(f"{_short(model)} {part}")
+        place.grid(alpha=0.25)
     figure.savefig(path, dpi=150)
 
 
@@ -138,11 +140,11 @@ def _colour(method: str) -> str:
     return METHOD_COLOURS.get("gradient" if method == "lrp (paper)" else method, "#333333")
 
 
-def _draw_table1(axes: Any, config: dict[str, Any], results: Results, model: str) -> None:
-    methods = _methods(_of(results, model=model))
+def _draw_table1(axes: Any, config: dict[str, Any], results: Results, model: str, part: str) -> None:
+    methods = _methods(results)
     paper = config["paper"].get(_short(model), {})
     for place, method in enumerate(methods):
-        values = [row["perplexity"] for row in _of(results, model=model, method=method)]
+        values = [row["perplexity"] for row in _of(results, method=method)]
         axes.bar(place, statistics.mean(values), color=_colour(method), width=0.6)
         if method in paper:
             axes.plot(
@@ -155,12 +157,12 @@ def _draw_table1(axes: Any, config: dict[str, Any], results: Results, model: str
         axes.legend(frameon=False)
 
 
-def _draw_samples(axes: Any, config: dict[str, Any], results: Results, model: str) -> None:
+def _draw_samples(axes: Any, config: dict[str, Any], results: Results, model: str, part: str) -> None:
     paper = config["paper"].get(_short(model), {})
     for method in _methods(results):
         points = []
         for count in config["counts"]:
-            ours = _of(results, model=model, method=method, count=count)
+            ours = _of(results, method=method, count=count)
             if ours:
                 points.append((count, statistics.mean(row["perplexity"] for row in ours)))
         if points:
@@ -173,7 +175,7 @@ def _draw_samples(axes: Any, config: dict[str, Any], results: Results, model: st
     axes.legend(frameon=False)
 
 
-def _draw_kinds(axes: Any, config: dict[str, Any], results: Results, method: str) -> None:
+def _draw_kinds(axes: Any, config: dict[str, Any], results: Results, model: str, method: str) -> None:
     for row in _of(results, method=method)[:1]:
         for shade, share in zip(
             ("#d1495b", "#edae49", "#b8b8b8"), reversed(["0.5", "0.9", "0.99"]), strict=True
@@ -184,7 +186,7 @@ def _draw_kinds(axes: Any, config: dict[str, Any], results: Results, method: str
     axes.legend(frameon=False)
 
 
-def _draw_ioi(axes: Any, config: dict[str, Any], results: Results, unit: str) -> None:
+def _draw_ioi(axes: Any, config: dict[str, Any], results: Results, model: str, unit: str) -> None:
     for method in _methods(_of(results, unit=unit)):
         ours = _of(results, unit=unit, method=method)
         shares = [point["fraction"] for point in ours[0]["curve"]]

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from commands import run, succeed, succeed_json
+from PIL import Image
 
 import sparc3
 import sparc3.reproduce
 from sparc3.errors import InputError
 from sparc3.reproduce import EXPERIMENTS, Run, carried, configuration
+from sparc3.reproduce_report import markdown, plot
 
 PAPER = "TinyLlama-1.1B-intermediate-step-1431k-3T"
 
@@ -35,7 +37,7 @@ def scored(monkeypatch):
     return asked
 
 
-def test_every_experiment_has_both_scales_and_says_what_is_open():
+def test_every_experiment_has_its_scales_and_says_what_is_open():
     for name in EXPERIMENTS:
         for scale in ("paper", "smoke"):
             config = configuration(name, scale)
@@ -151,6 +153,41 @@ def test_ioi(tmp_path):
         assert row["curve"][-1]["fraction"] == 1.0
         assert 0 < row["sparsest"]["fraction"] <= 1
     assert "| head | lrp |" in shown
+
+
+def test_models_stand_apart_in_tables_and_plots(tmp_path):
+    config = configuration("ioi", "smoke", models=["hub/one", "hub/two"])
+    results = [
+        {
+            "key": f"{model} | {unit}",
+            "model": model,
+            "unit": unit,
+            "method": "lrp",
+            "seed": 0,
+            "curve": [{"fraction": share, "accuracy": share} for share in (0.1, 1.0)],
+            "sparsest": {"fraction": kept},
+            "cpr": kept / 2,
+        }
+        for model, kept in (("hub/one", 0.25), ("hub/two", 0.5))
+        for unit in config["units"]
+    ]
+    table = markdown("ioi", config, results)
+    assert "| one | head | lrp | 25.00 % | 0.12 | 1 |" in table
+    assert "| two | head | lrp | 50.00 % | 0.25 | 1 |" in table
+    plot("ioi", config, results, tmp_path / "plot.png")
+    image = Image.open(tmp_path / "plot.png")
+    # Three units beside each other, two models below each other, 150 dots an inch.
+    assert image.size == ((1.2 + 4.2 * 3) * 150, 4.2 * 2 * 150)
+
+
+def test_reduced_is_small_models_and_keeps_the_methods():
+    for name in ("table1", "samples", "concentration", "ioi"):
+        paper, reduced = configuration(name, "paper"), configuration(name, "reduced")
+        assert set(reduced) - {"windows"} == set(paper) - {"windows"}
+        assert [reduced.get(part) for part in ("methods", "units", "pattern")] == [
+            paper.get(part) for part in ("methods", "units", "pattern")
+        ]
+        assert reduced["models"] == ["HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-3-270m"]
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
