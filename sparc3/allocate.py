@@ -7,8 +7,7 @@ relevance: a tensor's share is what one threshold on the relevance of all weight
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import torch
 from sparc3_kernels.select import count_bits
@@ -45,32 +44,48 @@ def owl_budgets(scores: Mapping[str, torch.Tensor], sparsity: float, blocks: str
         blocks: path of the decoder blocks (Family.blocks); tensors outside them get ``sparsity``.
 
     Raises:
-        InputError: a share comes out below 0 or above 1.
+        InputError: as ``owl_shares``.
     """
     members: dict[str, list[str]] = {}
     for name in scores:
         if name.startswith(f"{blocks}."):
             members.setdefault(name.removeprefix(f"{blocks}.").split(".")[0], []).append(name)
-    wide = partial(torch.tensor, dtype=torch.float64)
-    sizes = wide([sum(scores[name].numel() for name in names) for names in members.values()])
-    density = wide([_outliers([scores[name] for name in names]) for names in members.values()])
-    width = (density.max() - density.min()).clamp_min(torch.finfo(torch.float64).tiny)
-    spread = (density - density.min()) * (2 * _RANGE / width)
+    shares = owl_shares(
+        [outliers([scores[name] for name in names]) for names in members.values()],
+        [sum(scores[name].numel() for name in names) for names in members.values()],
+        sparsity,
+    )
+    budgets = dict.fromkeys(scores, sparsity)
+    for names, share in zip(members.values(), shares, strict=True):
+        budgets |= dict.fromkeys(names, share)
+    return budgets
+
+
+def owl_shares(density: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
+    """OWL's share to prune of every block.
+
+    Args:
+        density: ``outliers`` of each block.
+        sizes: how many weights each block has.
+
+    Raises:
+        InputError: a share comes out below 0 or above 1.
+    """
+    wide, counts = (torch.tensor(values, dtype=torch.float64) for values in (density, sizes))
+    width = (wide.max() - wide.min()).clamp_min(torch.finfo(torch.float64).tiny)
+    spread = (wide - wide.min()) * (2 * _RANGE / width)
     # The mean by size, so that the model as a whole is exact where blocks differ; the paper's are equal.
-    shares = sparsity + (spread * sizes).sum() / sizes.sum() - spread
+    shares = sparsity + (spread * counts).sum() / counts.sum() - spread
     if not ((shares >= 0) & (shares < 1)).all():
         raise InputError(
             f"OWL moves shares by up to {2 * _RANGE}, which sparsity {sparsity} leaves no room for: "
             f"blocks would lose {shares.min():.2f} to {shares.max():.2f}"
         )
-    budgets = dict.fromkeys(scores, sparsity)
-    for names, share in zip(members.values(), shares.tolist(), strict=True):
-        budgets |= dict.fromkeys(names, share)
-    return budgets
+    return shares.tolist()
 
 
-def _outliers(scores: list[torch.Tensor]) -> float:
-    """Share of scores above M times their mean; a weight that is already zero scores -inf here, in OWL zero."""
+def outliers(scores: Sequence[torch.Tensor]) -> float:
+    """Share of a block's scores above M times their mean; a weight that is already zero scores -inf, in OWL zero."""
     count = sum(score.numel() for score in scores)
     mean = sum(score.clamp_min(0).double().sum().item() for score in scores) / count
     return sum(int((score > _OUTLIER * mean).sum()) for score in scores) / count

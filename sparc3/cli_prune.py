@@ -141,10 +141,11 @@ def prune(
     sparsity the folder has perplexity.png too.
     """
     from sparc3.allocate import check_allocation
-    from sparc3.compress import SWEEP_ONLY, check_model, check_used, default_settings, requested_sparsity
+    from sparc3.compress import check_model, check_used, default_settings, requested_sparsity
     from sparc3.evaluate import check_fits
     from sparc3.export import check_new, save_pretrained
     from sparc3.models import BUNDLED
+    from sparc3.passes import SWEEP_ONLY, reads_samples
     from sparc3.report import describe
     from sparc3.samples import read_documents
     from sparc3.scores import check_settings
@@ -169,11 +170,6 @@ def prune(
     shares = list(dict.fromkeys(requested_sparsity(share, pattern) for share in asked))
     text = text or ([console.BUNDLED_TEXT] if model in BUNDLED else [])
     if max_memory or max_host_memory or offload_dir or resume or dry_run or console.processes() > 1:
-        if repair or allocate != "uniform" or "gblm" in methods:
-            raise InputError(
-                "--repair, --allocate and gblm need the model in memory; leave out the options that read it block by "
-                "block"
-            )
         if len(methods) * len(shares) > 1 or eval_text:
             raise InputError(
                 "--compare, --sparsities and --eval-text need the model in memory; prune block by block first, then "
@@ -187,6 +183,8 @@ def prune(
             method=method,
             sparsity=shares[0],
             pattern=pattern,
+            allocate=allocate,
+            repair=repair,
             settings=settings | ({"seed": seed} if method == "random" else {}),
             text=text,
             samples=samples,
@@ -208,7 +206,7 @@ def prune(
     eval_text = eval_text or ([console.BUNDLED_HELD_OUT] if model in BUNDLED else [])
     if len(methods) * len(shares) > 1 and not eval_text:
         raise InputError("--compare and --sparsities measure perplexity: give held-out text with --eval-text")
-    reads_text = repair or allocate != "uniform" or not {*methods} <= {"magnitude", "random"}
+    reads_text = any(reads_samples(name, allocate, repair) for name in methods)
     documents = console.documents_of(text, model) if reads_text else []
     held_out = read_documents(eval_text) if eval_text else []
 

@@ -16,13 +16,14 @@ from rich.table import Table
 import sparc3
 from sparc3 import console
 from sparc3.checkpoint import Checkpoint
-from sparc3.compress import SEQUENTIAL, check_model
+from sparc3.compress import check_model
 from sparc3.engine import free_memory
 from sparc3.errors import InputError
 from sparc3.evaluate import check_fits
 from sparc3.families import prunable
 from sparc3.job import Job, identity_of
 from sparc3.models import DTYPES, load_tokenizer, local_folder, usable_device
+from sparc3.passes import FORWARD, SWEEP, passes, reads_samples
 from sparc3.plan import Budget, Plan, plan
 from sparc3.ranks import started
 from sparc3.shape import shape_of
@@ -43,6 +44,8 @@ def prune_by_block(
     method: str,
     sparsity: float,
     pattern: str,
+    allocate: str,
+    repair: bool,
     settings: dict[str, Any],
     text: list[str],
     samples: int,
@@ -65,9 +68,9 @@ def prune_by_block(
         raise InputError(f"dtype {dtype!r} is not known; use {' | '.join(DTYPES)}")
     if offload_dir is not None and not offload_dir.is_dir():
         raise InputError(f"the folder {offload_dir} does not exist; make it first")
-    if console.processes() > 1 and method in SEQUENTIAL:
-        raise InputError(f"{method} runs in one process; start it without torchrun")
-    reads_text = method not in ("magnitude", "random")
+    if console.processes() > 1 and {FORWARD, SWEEP} & {*passes(method, pattern, allocate, repair)}:
+        raise InputError("lrp and gradient run in several processes; start this without torchrun")
+    reads_text = reads_samples(method, allocate, repair)
     console.begin()
     folder, note = local_folder(name, weights=not dry_run)
     checkpoint = None if dry_run and not next(folder.glob("*.safetensors"), None) else Checkpoint(folder)
@@ -94,7 +97,16 @@ def prune_by_block(
     if out is not None:
         disk, scratch = free_space(out, offload_dir)
         budget = replace(budget, disk=disk, scratch=scratch)
-    way = plan(shape, method, pattern, budget, model.config.vocab_size, console.processes())
+    way = plan(
+        shape,
+        method,
+        pattern,
+        budget,
+        model.config.vocab_size,
+        console.processes(),
+        allocate=allocate,
+        repair=repair,
+    )
     if dry_run:
         seconds = None
         if device == "cpu" or torch.cuda.is_available():
@@ -116,7 +128,16 @@ def prune_by_block(
         "exclude": exclude,
     }
     job = Job(
-        method, sparsity, pattern, [] if windows is None else windows, include, exclude, settings, described
+        method,
+        sparsity,
+        pattern,
+        [] if windows is None else windows,
+        include,
+        exclude,
+        settings,
+        described,
+        allocate,
+        repair,
     )
     origin = {"model": {"name": name, "origin": described["origin"], "note": note}}
     with started(where) as ranks, console.progress(f"pruning {name}") as update:

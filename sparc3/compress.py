@@ -14,25 +14,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from sparc3_kernels.select import pack_bits, unpack_bits
+from sparc3_kernels.select import pack_bits
 from transformers import PreTrainedModel
 
 from sparc3.allocate import check_allocation, owl_budgets, relevance_budgets
+from sparc3.choose import choose
 from sparc3.errors import InputError
 from sparc3.evaluate import Perplexity, paired_interval, perplexity
-from sparc3.families import Prunable, family_of, prunable
+from sparc3.families import family_of, prunable
 from sparc3.inputs import Inputs
 from sparc3.mask import Mask, fingerprint
-from sparc3.reconstruct import least_squares, sparsegpt
+from sparc3.passes import SWEEP_ONLY, VISIT, in_sweep, passes
 from sparc3.samples import Batch
-from sparc3.schedules import activation_score, gblm_score, sweep
+from sparc3.schedules import GBLM_SETTINGS, gblm_gradients_, sweep
 from sparc3.scores import METHODS, Scores, as_batches, attribute
-from sparc3.select import check_sparsity, check_width, parse_pattern, select_within
-from sparc3.targets import next_tokens
+from sparc3.select import check_sparsity, check_width, parse_pattern
 
-# Select inside the forward sweep; the second two have no scores to give without it.
-SEQUENTIAL = ("wanda", "ria", "gblm", "sparsegpt")
-SWEEP_ONLY = SEQUENTIAL[2:]
 PRUNERS = (*METHODS[:4], *SWEEP_ONLY, *METHODS[4:])
 
 # The methods that a setting of ``sparc3.attribute`` changes.
@@ -92,7 +89,7 @@ class Pruner:
         sparsity = requested_sparsity(sparsity, self.pattern)
         check_model(self.model, [method], self.pattern, self.chosen["include"], self.chosen["exclude"])
         budgets = self._budgets(sparsity, progress)
-        if method in SEQUENTIAL and self.pattern != "global":
+        if in_sweep(method, self.pattern):
             mask = self.in_sweep(method, sparsity, budgets, None, progress)
         else:
             mask = self.scores(method, progress).select(sparsity, self.pattern, budgets=budgets)
@@ -104,12 +101,9 @@ class Pruner:
 
     def passes(self, method: str) -> int:
         """How often ``mask`` goes through all samples, for whoever shows its progress."""
-        sweeps = method in SEQUENTIAL and self.pattern != "global"
-        scored = method in ("lrp", "gradient", "gblm") or (method in SEQUENTIAL and not sweeps)
-        allocated = self.allocate == "owl" or (
-            self.allocate == "relevance" and not self._allocates_by_itself(method)
-        )
-        return scored + (sweeps or self.repair) + allocated
+        kinds = passes(method, self.pattern, self.allocate, self.repair)
+        shared = self.allocate == "relevance" and self._allocates_by_itself(method)
+        return sum(kind != VISIT for kind in kinds) - shared
 
     def scores(self, method: str, progress: Callable[[int], None] | None = None) -> Scores:
         """The method's scores of the dense model, one-shot; kept until another method's are asked for."""
@@ -167,21 +161,17 @@ class Pruner:
 
         def visit(name: str, inputs: Inputs) -> torch.Tensor:
             weight = weights[name]
-            dense = weight.canonical(weight.weight).detach()
-            _check_inputs(name, inputs)
-            share = sparsity if budgets is None else budgets[name]
-            new = dense
-            if given is not None:
-                kept = weight.canonical(given.kept(name)).to(dense.device)
-            elif method == "gblm":
-                kept = _select(
-                    name, gblm_score(weight, inputs, gradients[name], samples), share, self.pattern
-                )
-            else:
-                kept, new = choose_in_sweep(weight, inputs, method, share, self.pattern)
-            if self.repair:
-                new = least_squares(dense, kept, inputs)
-            new = new.to(dense.dtype).masked_fill(~kept, 0)
+            kept, new = choose(
+                weight,
+                inputs,
+                method,
+                sparsity if budgets is None else budgets[name],
+                self.pattern,
+                given=None if given is None else weight.canonical(given.kept(name)).to(weight.weight.device),
+                gradients=gradients.get(name),
+                samples=samples,
+                repair=self.repair,
+            )
             bits[name] = pack_bits(weight.canonical(kept).contiguous())
             if updates:
                 values[name] = weight.canonical(new).contiguous()
@@ -203,42 +193,11 @@ class Pruner:
         """{name: |W| ||G||_2 [..., out, in]}, G the gradients of each sample's mean loss."""
         if "gblm" not in self._scores:
             self.samples = as_batches(self.model, self.samples)
-            predicted = sum(int((next_tokens(batch) >= 0).sum()) for batch in self.samples)
-            samples = sum(len(batch["input_ids"]) for batch in self.samples)
-            settings = {"target": "logprob", "reduce": "square"}
-            scores = self._attribute("gradient", settings, progress)
+            scores = self._attribute("gradient", GBLM_SETTINGS, progress)
             for tensor in scores.tensors.values():
-                # The engine explains sums over tokens; the loss is their mean.
-                tensor.clamp_(min=0).sqrt_().mul_(samples / predicted)
+                gblm_gradients_(tensor, self.samples)
             self._scores["gblm"] = scores
         return self._scores["gblm"].tensors
-
-
-def choose_in_sweep(
-    weight: Prunable, inputs: Inputs, method: str, share: float, pattern: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(kept, new values), both [..., out, in], of one weight by Wanda, RIA or SparseGPT; pruned values need not be 0.
-
-    Raises:
-        InputError: what the weight received, or a score, is not finite.
-    """
-    _check_inputs(weight.name, inputs)
-    dense = weight.canonical(weight.weight).detach()
-    if method == "sparsegpt":
-        assert inputs.gram is not None
-        return sparsegpt(dense, inputs.gram, share, pattern)
-    return _select(weight.name, activation_score(weight, inputs, method), share, pattern), dense
-
-
-def _check_inputs(name: str, inputs: Inputs) -> None:
-    if not inputs.squares.isfinite().all():
-        raise InputError(f"the inputs of {name} are not finite; run the model with --dtype float32")
-
-
-def _select(name: str, scores: torch.Tensor, share: float, pattern: str) -> torch.Tensor:
-    if not (scores.isfinite() | scores.isneginf()).all():
-        raise InputError(f"the scores of {name} are not finite; run the model with --dtype float32")
-    return unpack_bits(select_within(scores, share, pattern), scores.shape)
 
 
 def prune(

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sparc3.checkpoint import Checkpoint, read_into
-from sparc3.compress import SEQUENTIAL, default_settings
+from sparc3.compress import default_settings
+from sparc3.passes import in_sweep
 from sparc3.report import as_json, versions
 from sparc3.rules import Rule
 from sparc3.samples import Batch
@@ -36,6 +37,8 @@ class Job:
     exclude: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     described: Mapping[str, Any] = field(default_factory=dict)
+    allocate: str = "uniform"
+    repair: bool = False
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -65,12 +68,14 @@ class Job:
             }
         elif self.method == "random":
             settings |= {"seed": chosen.get("seed", 0)}
-        sequential = self.method in SEQUENTIAL and self.pattern != "global"
+        sequential = in_sweep(self.method, self.pattern)
         return settings | {"schedule": "sequential" if sequential else "one-shot"}
 
     @property
     def updates(self) -> str | None:
         """What changes the kept weights too."""
+        if self.repair:
+            return "least squares"
         return "sparsegpt" if self.method == "sparsegpt" else None
 
 
@@ -96,6 +101,8 @@ def identity_of(
             "pattern": job.pattern,
             "include": list(job.include),
             "exclude": list(job.exclude),
+            "allocate": job.allocate,
+            "repair": job.repair,
             **described,
         },
         "machine": {

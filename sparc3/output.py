@@ -1,37 +1,27 @@
-"""The output of a run block by block: shards, masks and what a resumed run needs, each written when it is known.
-
-A threshold over the whole model needs every score first, so pattern "global" leaves the scores on disk and goes
-through the blocks once more.
-"""
+"""The output of a run block by block: the pruned model's shards and its mask, each written when it is known."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from sparc3_kernels.select import apply_bits_, count_bits, select_stream
+from sparc3_kernels.select import apply_bits_, count_bits
 from transformers import PreTrainedTokenizerBase
 
-from sparc3.checkpoint import INDEX, Stored, read_header, read_into, write_tensors
-from sparc3.compress import SEQUENTIAL
+from sparc3.checkpoint import INDEX, read_header, write_tensors
 from sparc3.families import Prunable, blocks_of, family_of, prunable
 from sparc3.job import Job
 from sparc3.mask import fingerprint, mask_metadata
 from sparc3.models import NOTE_FILE
+from sparc3.passes import SWEEP, passes
+from sparc3.pieces import Pieces
 from sparc3.plan import Plan
 from sparc3.report import as_json, versions
-from sparc3.samples import Batch
-from sparc3.scores import check_finite_scores
-from sparc3.select import as_stored, pruned_count, ranked, select_within
-from sparc3.unfinished import Unfinished, note_of
+from sparc3.unfinished import Unfinished
 from sparc3.weights import OUTSIDE, Streamed
-
-# Scores that are read from disk at once: 16 MiB.
-_SCORES_AT_ONCE = 1 << 22
 
 
 class Output:
@@ -39,6 +29,8 @@ class Output:
 
     Attributes:
         names: {index: names of its prunable weights}, in model order.
+        block_of: {name: index}.
+        masks: the parts of the mask; a block whose part is there is finished.
     """
 
     def __init__(self, job: Job, source: Streamed, run: Unfinished) -> None:
@@ -47,73 +39,16 @@ class Output:
         prefix = family_of(source.model).blocks
         self.depth = len(blocks_of(source.model))
         self.names: dict[int, list[str]] = {index: [] for index in range(self.depth + 1)}
+        self.block_of: dict[str, int] = {}
         for name in self.weights:
             inside = name.startswith(f"{prefix}.")
             index = int(name.removeprefix(f"{prefix}.").split(".")[0]) if inside else self.depth
             self.names[index].append(name)
-        self.is_global = job.pattern == "global"
-
-    # Progress of the run ------------------------------------------------------------------------------------------
-
-    def _file(self, kind: str, index: int) -> Path:
-        return self.run.scratch / f"{kind}-{index:05d}.safetensors"
-
-    def is_done(self, index: int) -> bool:
-        """Whether a block's scores need not be made again."""
-        return self._file("scores" if self.is_global else "mask", index).is_file()
-
-    def is_scored(self) -> bool:
-        return all(map(self.is_done, range(self.depth + 1)))
-
-    def first_done(self) -> int | None:
-        """The lowest block from which on all blocks above are done."""
-        done = None
-        for index in range(self.depth, -1, -1):
-            if not self.is_done(index):
-                break
-            done = index
-        return done
-
-    def save_state(
-        self, index: int, tensors: Iterable[torch.Tensor], batches: Sequence[Batch], rank: int = 0
-    ) -> None:
-        """Keep what comes out of a block, for the next one; of all batches it may be more than memory holds."""
-        model = self.source.model
-        shapes = {
-            str(number): (model.dtype, (*batch["input_ids"].shape, model.config.hidden_size))
-            for number, batch in enumerate(batches)
-        }
-        with self.run.write(self._file(f"state-{rank}", index)) as file:
-            write_tensors(file, shapes, tensors, {})
-
-    def load_state(self, index: int, rank: int = 0) -> Iterator[torch.Tensor]:
-        stored, _ = read_header(self._file(f"state-{rank}", index))
-        for number in range(len(stored)):
-            yield stored[str(number)].read()
-
-    def forget_states(self, rank: int = 0) -> None:
-        """Remove what blocks left that were done before the one that is done last."""
-        done = [index for index in range(self.depth + 1) if self.is_done(index)]
-        last = (max if self.job.method in SEQUENTIAL else min)(done, default=None)
-        for index in done:
-            if index != last:
-                self._file(f"state-{rank}", index).unlink(missing_ok=True)
+            self.block_of[name] = index
+        upwards = SWEEP in passes(job.method, job.pattern, job.allocate, job.repair)
+        self.masks = Pieces(run, "mask", self.depth, upwards)
 
     # One block ----------------------------------------------------------------------------------------------------
-
-    def scored(self, index: int, scores: dict[str, torch.Tensor]) -> None:
-        """Take the scores [..., out, in] of a block whose weights are in the model."""
-        check_finite_scores(scores, self.weights)
-        if self.is_global:
-            keys = {name: ranked(scores.pop(name).cpu(), "magnitude") for name in list(scores)}
-            self.run.save(self._file("scores", index), keys)
-            return
-        bits = {}
-        for name in self.names[index]:
-            weight, tensor = self.weights[name], scores.pop(name).cpu()
-            packed = select_within(tensor, self.job.sparsity, self.job.pattern)
-            bits[name] = as_stored(packed, tensor.shape, weight.transposed)
-        self.write(index, bits)
 
     def write(
         self, index: int, bits: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor] = {}
@@ -135,7 +70,7 @@ class Output:
             self.run.new / self._shard(index), self.source.held(self._group(index)), None, {"format": "pt"}
         )
         note = {"tensors": identity["tensors"], "kept": kept}
-        self.run.save(self._file("mask", index), bits, note)
+        self.masks.save(index, bits, note)
 
     def _group(self, index: int) -> int:
         return OUTSIDE if index == self.depth else index
@@ -146,61 +81,32 @@ class Output:
 
     # All blocks ---------------------------------------------------------------------------------------------------
 
-    def select_globally(self) -> None:
-        """Find the threshold over all scores on disk, and write every block."""
-        total = sum(weight.weight.numel() for weight in self.weights.values())
-        order = [index for index in range(self.depth + 1) if not self._file("mask", index).is_file()]
-        masks = select_stream(self._chunks, pruned_count(self.job.sparsity, total))
-        for index in range(self.depth + 1):
-            if index not in order:
-                self._masks_of(index, masks)  # what ties they keep counts for the blocks that follow
-        for index in self.source.visit([index for index in order if index < self.depth]):
-            self.write(index, self._masks_of(index, masks))
-        if self.depth in order:
-            with self.source.outside():
-                self.write(self.depth, self._masks_of(self.depth, masks))
-        next(masks, None)  # the check that the scores did not change comes after the last one
-
-    def _stored_scores(self, index: int) -> dict[str, Stored]:
-        return read_header(self._file("scores", index))[0]
-
-    def _chunks(self) -> Iterator[torch.Tensor]:
-        for index, names in self.names.items():
-            stored = self._stored_scores(index)
-            for name in names:
-                count, begin = math.prod(stored[name].shape), stored[name].begin
-                for first in range(0, count, _SCORES_AT_ONCE):
-                    chunk = torch.empty(min(_SCORES_AT_ONCE, count - first))
-                    read_into(stored[name].file, begin + first * chunk.itemsize, chunk)
-                    yield chunk
-
-    def _masks_of(self, index: int, masks: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
-        bits = {}
-        for name in self.names[index]:
-            weight = self.weights[name]
-            shape = weight.canonical(torch.empty(weight.weight.shape, device="meta")).shape
-            parts = [next(masks) for _ in range(0, math.prod(shape), _SCORES_AT_ONCE)]
-            bits[name] = as_stored(torch.cat(parts), shape, weight.transposed)
-        return bits
-
     def finish(
         self,
         tokenizer: PreTrainedTokenizerBase | None,
         report: Mapping[str, Any],
         plan: Plan,
         start: float,
+        budgets: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
-        """Write what belongs to the whole model, and put the output in its place."""
+        """Write what belongs to the whole model, and put the output in its place.
+
+        Args:
+            start: of the run, by time.perf_counter.
+            budgets: the share that was pruned of each tensor, where they differ.
+        """
         model, new = self.source.model, self.run.new
         settings = {
             **self.job.named_settings(),
             "sparsity": self.job.sparsity,
             "pattern": self.job.pattern,
             "by": "magnitude",
+            **({} if budgets is None else {"budgets": dict(budgets)}),
             **({"updates": self.job.updates} if self.job.updates else {}),
+            **({} if budgets is None else {"allocate": self.job.allocate}),
             **self.job.described,
         }
-        notes = [note_of(self._file("mask", index)) for index in range(self.depth + 1)]
+        notes = [self.masks.note(index) for index in range(self.depth + 1)]
         kept = {name: count for note in notes for name, count in note["kept"].items()}
         identity = fingerprint(model, {})
         identity["tensors"] = {name: entry for note in notes for name, entry in note["tensors"].items()}
@@ -214,11 +120,11 @@ class Output:
             tokenizer.save_pretrained(new)
         if note := self.job.described.get("note"):
             (new / NOTE_FILE).write_text(note, encoding="utf-8")
-        each = None if self.is_global else self.job.sparsity
+        each = None if self.job.pattern == "global" else self.job.sparsity
         tensors = {
             name: {
                 "shape": list(weight.weight.shape),
-                "requested": each,
+                "requested": each if budgets is None else budgets[name],
                 "achieved": 1 - kept[name] / weight.weight.numel(),
             }
             for name, weight in self.weights.items()
@@ -248,7 +154,7 @@ class Output:
         parts = {
             name: stored
             for index in range(self.depth + 1)
-            for name, stored in read_header(self._file("mask", index))[0].items()
+            for name, stored in self.masks.stored(index).items()
         }
         shapes = {name: tuple(weight.weight.shape) for name, weight in self.weights.items()}
         ordered = sorted(parts)  # as safetensors orders tensors of one type

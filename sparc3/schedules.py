@@ -21,6 +21,7 @@ from sparc3.engine import Blocks
 from sparc3.families import Prunable, family_of
 from sparc3.inputs import Inputs, observe
 from sparc3.samples import Batch
+from sparc3.targets import next_tokens
 from sparc3.weights import WeightSource
 from sparc3.wrap import frozen
 
@@ -30,6 +31,8 @@ Visitor = Callable[[str, Inputs], torch.Tensor | None]
 # (index of a block, or their number for what is outside of them, what comes out of it [B, T, D] for each batch)
 Done = Callable[[int, list[torch.Tensor]], None]
 _RIA_POWER, _GBLM_GRADIENT = 0.5, 100.0
+# Of sparc3.attribute by the gradient: what ``gblm_gradients_`` begins with.
+GBLM_SETTINGS = {"target": "logprob", "reduce": "square"}
 
 
 def activation_scores(
@@ -139,6 +142,13 @@ def activation_score(weight: Prunable, inputs: Inputs, method: str) -> torch.Ten
         scale = scale**_RIA_POWER
     scores = size * scale
     return scores.masked_fill_(weight.canonical(weight.weight) == 0, -torch.inf).contiguous()
+
+
+def gblm_gradients_(scores: torch.Tensor, samples: Sequence[Batch]) -> torch.Tensor:
+    """|W| ||G||_2, in place of the gradient's scores under ``GBLM_SETTINGS``; G as in the module."""
+    predicted = sum(int((next_tokens(batch) >= 0).sum()) for batch in samples)
+    # The engine explains sums over tokens; the loss is their mean.
+    return scores.clamp_(min=0).sqrt_().mul_(sum(len(batch["input_ids"]) for batch in samples) / predicted)
 
 
 def gblm_score(weight: Prunable, inputs: Inputs, gradients: torch.Tensor, samples: int) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
     python killed.py MODEL OUT,METHOD,PATTERN,KILLS,HOW ...
 
-HOW is "write": SIGKILL in the middle of the n-th write, or before the n-th rename, removal or wait for the disk, n at
-random; or "time": SIGKILL from outside after a random time. After KILLS killed processes the last one is left alone.
-Prints how many were killed for each output.
+PATTERN may be "repair" or "relevance": by row, with --repair, and with --allocate relevance too. HOW is
+"write": SIGKILL in the middle of the n-th write, or before the n-th rename, removal or wait for the disk, n
+at random; or "time": SIGKILL from outside after a random time. After KILLS killed processes the last one is
+left alone. Prints how many were killed for each output.
 """
 
 import os
@@ -30,12 +31,23 @@ from sparc3.weights import Streamed, empty_model
 EVENTS = 60  # more than a run of the test's model has between two finished blocks
 
 
+MORE = {"repair": {"repair": True}, "relevance": {"allocate": "relevance", "repair": True}}
+
+
+def job_of(method, pattern):
+    more = MORE.get(pattern, {})
+    samples = [batch(), batch(2, 7, padding=False, seed=2)]
+    return Job(method, 0.5, "row" if more else pattern, samples, **more)
+
+
 def run(folder, out, method, pattern):
     torch.set_num_threads(1)
-    job = Job(method, 0.5, pattern, [batch(), batch(2, 7, padding=False, seed=2)])
+    job = job_of(method, pattern)
     model, checkpoint = empty_model(folder), Checkpoint(folder)
     budget = Budget(1 << 40, 1 << 40, 1 << 40, 0, False)
-    way = plan(shape_of(model, prunable(model), 5, 12, checkpoint), method, pattern, budget, VOCABULARY)
+    shape = shape_of(model, prunable(model), 5, 12, checkpoint)
+    how = {"allocate": job.allocate, "repair": job.repair}
+    way = plan(shape, job.method, job.pattern, budget, VOCABULARY, **how)
     source = Streamed(model, checkpoint, torch.device("cpu"), way.prefetch)
     unfinished = Unfinished(out, identity_of(job, model, checkpoint, source.device), resume=True)
     if not unfinished.complete:

@@ -7,11 +7,11 @@ import os
 import signal
 import sys
 
-from sparc3 import stream
+from sparc3 import streamed_passes
 from sparc3.cli import app
 
 rank, block, *arguments = sys.argv[1:]
-done = stream._Backward.done
+done = streamed_passes._Backward.done
 
 
 def lost(visitor, index):
@@ -20,5 +20,5 @@ def lost(visitor, index):
     done(visitor, index)
 
 
-stream._Backward.done = lost
+streamed_passes._Backward.done = lost
 app(arguments)

@@ -21,8 +21,13 @@ def bits(folder):
 
 
 def test_the_mask_and_its_settings_are_those_of_a_run_in_memory(room, base):
-    for method, pattern in (("lrp", "row"), ("wanda", "2:4"), ("random", "global")):
-        asked = ["--method", method, "--pattern", pattern, "--out"]
+    for method, pattern, more in (
+        ("lrp", "row", ["--repair", "--allocate", "owl"]),
+        ("wanda", "2:4", []),
+        ("gblm", "layer", ["--allocate", "relevance"]),
+        ("random", "global", []),
+    ):
+        asked = ["--method", method, "--pattern", pattern, *more, "--out"]
         succeed("prune", base, "--text", "train.txt", *asked, "whole", "--force")
         said = succeed("prune", base, *STREAMED, *asked, "streamed", "--force")
         assert (room / "streamed/mask.safetensors").read_bytes() == (
@@ -58,9 +63,15 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(room, base):
         (["--max-memory", "much"], "'much' is not a size"),
         (["--max-memory", "4GiB", "--eval-text", "held.txt"], "need the model in memory"),
         (["--max-memory", "4GiB", "--compare", "wanda"], "need the model in memory"),
-        (["--max-memory", "4GiB", "--repair"], "need the model in memory"),
-        (["--max-memory", "4GiB", "--method", "gblm"], "need the model in memory"),
-        (["--max-memory", "4GiB", "--allocate", "owl"], "need the model in memory"),
+        *(
+            (
+                [*where, "--method", method, "--pattern", "global"],
+                f"{method} selects inside the forward sweep",
+            )
+            for method in ("gblm", "sparsegpt")
+            for where in ([], ["--max-memory", "4GiB"])
+        ),
+        (["--max-memory", "4GiB", "--allocate", "owl", "--pattern", "2:4"], "2:4 fixes the share"),
         (["--offload-dir", "missing"], "the folder missing does not exist"),
         (["--resume", "--dtype", "int3"], "dtype 'int3' is not known"),
     ],
@@ -124,8 +135,15 @@ def test_the_least_memory_that_a_refusal_names_suffices(room, base):
     )
 
 
-@pytest.mark.parametrize("method", ["lrp", "wanda", "magnitude"])
-def test_no_more_is_resident_than_was_planned(room, method):
+@pytest.mark.parametrize(
+    "how",
+    [
+        *(["--method", method] for method in ("lrp", "wanda", "gblm", "magnitude")),
+        ["--method", "random", "--repair"],
+    ],
+    ids=" ".join,
+)
+def test_no_more_is_resident_than_was_planned(room, how):
     # Blocks of 50 MB: what a process takes besides, which the plan allows 64 MiB for, is small beside the peak.
     shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2}
     saved(llama(**shape), room / "wide")
@@ -138,8 +156,7 @@ def test_no_more_is_resident_than_was_planned(room, method):
         2,
         "--max-memory",
         "8GiB",
-        "--method",
-        method,
+        *how,
     ]
     done = subprocess.run(
         [sys.executable, "-m", "sparc3", *map(str, command), "--json", "--out", "out"], capture_output=True

@@ -59,6 +59,7 @@ def test_every_part_by_hand():
         "weights": 2 * BLOCK,
         "accumulators": 4 * PRUNABLE,
         "moments": 0,
+        "solver": 0,
         "activations": 32 * (8 * 32 + 4 * (32 + 2 * 16) + 6 * 48) * 4,
         "outside of the blocks": 4 * (2 * VOCABULARY * 32 + 32),
         "logits": 16 * 32 * VOCABULARY,
@@ -85,6 +86,28 @@ def test_every_part_by_hand():
     rest = sum(way.device.values()) - outside
     always = 1000 + 10 * BOUNDARY + way.device["allocator"]
     assert way.device_bytes == always + max(outside, rest - always)
+
+
+def test_passes_one_after_the_other_take_the_memory_of_the_largest():
+    lrp = plan(shape(), "lrp", "row", budget(), VOCABULARY)
+    wanda = plan(shape(), "wanda", "row", budget(), VOCABULARY)
+    way = plan(shape(), "lrp", "row", budget(), VOCABULARY, allocate="relevance", repair=True)
+    # q, k, v, o, gate and up receive 32 numbers, down 48.
+    assert way.device["moments"] == 4 * (6 * 32**2 + 48**2) + 4 * 48**2
+    assert way.device["solver"] == 48 * 48 * 32
+    assert way.device["weights"] == 4 * BLOCK
+    assert way.disk["scores"] == 4 * 9 * PRUNABLE
+    assert way.disk["masks of blocks"] == 2 * (9 * PRUNABLE // 8)
+    assert way.visits == 2 * lrp.visits + wanda.visits
+    assert way.operations == 2 * lrp.operations + wanda.operations
+    factored = plan(shape(), "sparsegpt", "row", budget(), VOCABULARY)
+    assert factored.device["moments"] == 4 * (6 * 32**2 + 48**2) + 24 * 48**2
+    assert factored.visits == 9
+    # Gradients of every weight are kept for the sweep.
+    assert plan(shape(), "gblm", "row", budget(), VOCABULARY).disk["scores"] == 4 * 9 * PRUNABLE
+    # The backward of so many samples holds more than the sweep.
+    many = plan(shape(400, 100), "lrp", "row", budget(), VOCABULARY, repair=True)
+    assert many.device["boundaries"] == 10 * 400 * 100 * 32 * 4
 
 
 def test_what_a_gpu_and_the_host_hold():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killed import job_of
 from test_stream import CPU, SAMPLES, checkpoint, quiet, streamed  # noqa: F401
 
 from sparc3.checkpoint import Checkpoint
@@ -27,6 +28,8 @@ KILLED = {
     "global": ("lrp", "global", 12, "write"),
     "wanda": ("wanda", "row", 8, "write"),
     "magnitude": ("magnitude", "layer", 6, "write"),
+    "repair": ("gblm", "repair", 12, "write"),
+    "allocate": ("lrp", "relevance", 12, "write"),
     "time": ("lrp", "global", 8, "time"),
 }
 
@@ -38,7 +41,7 @@ def test_killed_again_and_again_it_gives_the_same_bytes(tmp_path):
     torch.set_num_threads(1)
     try:
         for name, (method, pattern, *_) in KILLED.items():
-            streamed(folder, tmp_path / f"whole-{name}", Job(method, 0.5, pattern, SAMPLES))
+            streamed(folder, tmp_path / f"whole-{name}", job_of(method, pattern))
     finally:
         torch.set_num_threads(threads)
     cases = [",".join(map(str, (tmp_path / name, *case))) for name, case in KILLED.items()]

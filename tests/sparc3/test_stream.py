@@ -14,7 +14,9 @@ from sparc3.errors import InputError
 from sparc3.families import prunable
 from sparc3.job import Job, identity_of
 from sparc3.mask import Mask
+from sparc3.passes import SWEEP_ONLY
 from sparc3.plan import Budget, plan
+from sparc3.report import tensor_sparsity
 from sparc3.shape import shape_of
 from sparc3.stream import prune_by_block
 from sparc3.unfinished import Unfinished
@@ -37,7 +39,9 @@ def streamed(folder, out, job, budget=PLENTY, resume=False, force=False, scratch
     files = Checkpoint(folder)
     weights = prunable(model, job.include, job.exclude)
     samples, length = 5, 12
-    way = plan(shape_of(model, weights, samples, length, files), job.method, job.pattern, budget, VOCABULARY)
+    shape = shape_of(model, weights, samples, length, files)
+    how = {"allocate": job.allocate, "repair": job.repair}
+    way = plan(shape, job.method, job.pattern, budget, VOCABULARY, **how)
     source = Streamed(model, files, CPU, way.prefetch, visited)
     run = Unfinished(out, identity_of(job, model, files, CPU), resume, force, scratch)
     return prune_by_block(job, source, run, way), way
@@ -53,6 +57,8 @@ def resident(folder, job):
         job.pattern,
         include=job.include,
         exclude=job.exclude,
+        allocate=job.allocate,
+        repair=job.repair,
         **job.settings,
     )
     return model, mask
@@ -78,13 +84,13 @@ def quiet():
     transformers.logging.enable_progress_bar()
 
 
-METHODS = ("lrp", "gradient", "wanda", "ria", "sparsegpt", "magnitude", "random")
+METHODS = ("lrp", "gradient", "wanda", "ria", "gblm", "sparsegpt", "magnitude", "random")
 
 
 @pytest.mark.parametrize("pattern", ["row", "layer", "global", "2:4"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_and_pattern(method, pattern, tmp_path):
-    if method == "sparsegpt" and pattern == "global":
+    if method in SWEEP_ONLY and pattern == "global":
         pytest.skip("it selects inside the sweep")
     folder = checkpoint(tmp_path / "model", num_hidden_layers=3)
     job = Job(method, 0.5 if pattern == "2:4" else 0.6, pattern, SAMPLES)
@@ -94,6 +100,37 @@ def test_every_method_and_pattern(method, pattern, tmp_path):
     assert report["sparsity"]["achieved"] == mask.sparsity
     assert list(report["tensors"]) == list(mask.bits)
     assert report["streamed"]["peak_rss"] > 1 << 20
+
+
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize(
+    ("method", "pattern", "allocate"),
+    [
+        *((method, "row", "relevance") for method in ("lrp", "wanda", "gblm", "sparsegpt", "random")),
+        *((method, "layer", "owl") for method in ("lrp", "ria", "gblm", "magnitude")),
+        ("lrp", "layer", "relevance"),
+        *((method, "global", "uniform") for method in ("gradient", "wanda", "magnitude")),
+        *((method, "2:4", "uniform") for method in ("lrp", "sparsegpt")),
+    ],
+)
+def test_allocation_and_repair(method, pattern, allocate, repair, tmp_path):
+    if not repair and allocate == "uniform":
+        pytest.skip("as above")
+    folder = checkpoint(tmp_path / "model", num_hidden_layers=3)
+    job = Job(method, 0.5, pattern, SAMPLES, allocate=allocate, repair=repair)
+    report, _ = streamed(folder, tmp_path / "out", job)
+    check_same(tmp_path / "out", folder, job, tmp_path)
+    mask = Mask.load(tmp_path / "out" / "mask.safetensors")
+    assert report["tensors"] == tensor_sparsity(mask)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_repaired_with_its_head(name, tmp_path):
+    folder = checkpoint(tmp_path / "model", name, torch.bfloat16, tie_word_embeddings=False)
+    for number, method in enumerate(("gblm", "lrp")):
+        job = Job(method, 0.4, "row", SAMPLES, ["*"], ["*embed*"], allocate="relevance", repair=True)
+        streamed(folder, tmp_path / f"out{number}", job)
+        check_same(tmp_path / f"out{number}", folder, job, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["lrp", "wanda"])
