@@ -27,13 +27,13 @@ def _groups(rows: Iterable[dict[str, Any]], *names: str) -> dict[tuple, list[dic
 def _agreement(data: dict[str, Any]) -> list[str]:
     rows = [row for row in data["rows"] if row["method"] != "exact"]
     lines = [
-        f"Scores of single heads and MLPs against exact ablation, {data['examples']} examples a seed: Pearson / "
-        "Spearman / Pearson without the two largest, mean over seeds. Rules are chosen on ranking examples.\n"
+        "Scores of single heads and MLPs against exact ablation: Pearson / Spearman / Pearson without the two "
+        "largest, mean over seeds. Rules are chosen on ranking examples.\n"
     ]
-    for (side, ablation), part in _groups(rows, "side", "ablation").items():
+    for (side, ablation, examples), part in _groups(rows, "side", "ablation", "examples").items():
         seeds = sorted({row["seed"] for row in part})
         lines += [
-            f"{side} examples, {ablation} ablation, seeds {seeds}:\n",
+            f"{side} examples, {ablation} ablation, {examples} examples a seed, seeds {seeds}:\n",
             "| score | heads | MLPs | least |\n|---|---|---|---|",
         ]
         table = []
@@ -55,9 +55,9 @@ _NAMES = ("pearson", "spearman", "pearson_without_two")
 
 def _rules(data: dict[str, Any]) -> list[str]:
     units = list(dict.fromkeys(row["unit"] for row in data["rows"]))
-    seeds = sorted({row["seed"] for row in data["rows"]})
+    seeds, examples = (sorted({row[name] for row in data["rows"]}) for name in ("seed", "examples"))
     lines = [
-        f"Development examples ({data['examples']} to rank on, {data['examples']} to judge on, of the ranking "
+        f"Development examples ({examples} to rank on and as many to judge on, of the ranking "
         f"side's templates), zero ablation, seeds {seeds}: share that keeps 0.9 of the accuracy (geometric mean), "
         "and CPR.\n",
         "| rule | target | reduction | " + " | ".join(units) + " |\n|---|---|---|" + "---|" * len(units),
@@ -76,19 +76,21 @@ def _rules(data: dict[str, Any]) -> list[str]:
 
 def _circuits(data: dict[str, Any]) -> list[str]:
     lines = []
-    for (unit, ablation), part in _groups(data["rows"], "unit", "ablation").items():
+    for (unit, ablation, examples), part in _groups(data["rows"], "unit", "ablation", "examples").items():
         seeds = sorted({row["seed"] for row in part})
         lines += [
-            f"{unit}s, {ablation} ablation, {data['examples']} judging examples a seed, seeds {seeds}. Share: the "
-            "smallest circuit with 0.9 of the accuracy, geometric mean over seeds; against: LRP's share over "
-            "this one's, with the 95 % interval over seeds.\n",
+            f"{unit}s, {ablation} ablation, {examples} judging examples a seed, seeds {seeds}. Share: the "
+            "smallest circuit with 0.9 of the accuracy, geometric mean over seeds; against: LRP's share (by its "
+            "default rule) over this one's, with the 95 % interval over seeds.\n",
             "| method | share | LRP's share over it | CPR | CMD |\n|---|---|---|---|---|",
         ]
-        of = {method: same for (method,), same in _groups(part, "method").items()}
-        for method, same in sorted(of.items(), key=lambda item: _share(item[1])):
+        of = _groups(part, "method", "rule")
+        for (method, rule), same in sorted(of.items(), key=lambda item: _share(item[1])):
             cpr, cmd = (_mean(row[name] for row in same) for name in ("cpr", "cmd"))
-            ratio = "" if method == "lrp" else _ratio(of.get("lrp", []), same)
-            lines.append(f"| {method} | {_share(same):.2%} | {ratio} | {cpr:.3f} | {cmd:.3f} |")
+            ours = of.get(("lrp", ""), [])
+            ratio = "" if same is ours else _ratio(ours, same)
+            name = f"{method}: {short_rule(rule)}" if rule else method
+            lines.append(f"| {name} | {_share(same):.2%} | {ratio} | {cpr:.3f} | {cmd:.3f} |")
         lines.append("")
     return lines
 

@@ -4,13 +4,14 @@
     python bench/circuits.py rules                  # every rule, reduction and target, on development examples
     python bench/circuits.py tables                 # the defaults beside their peers, on judging examples
     python bench/circuits.py tables --model gemma3  # one model
+    python bench/circuits.py tables --method lrp --method gradient --rule attnlrp --unit head --ablation patch
 
 Models: smollm2 and gemma3 (dequantised, see real_models) and the two bundled ones; the task is indirect objects. A
 task's ranking examples are drawn from other templates and names than its judging examples. Rules are chosen on
 ranking examples alone ("rules", and "agreement" marked ranking); judging examples are for reporting.
 
 Results are kept row by row in bench/results/circuits-STUDY-MODEL.json, beside a Markdown table; what is in the file
-is not measured again, so an interrupted study goes on where it was.
+is not measured again, so an interrupted study goes on where it was, and options add rows to it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -73,12 +75,7 @@ class Rows:
         self.path = RESULTS / f"circuits-{study}-{Path(model).name}.json"
         self.data: dict[str, Any] = {"study": study, "model": model, **about, "rows": []}
         if self.path.exists():
-            known = json.loads(self.path.read_text())
-            if known["examples"] != about["examples"]:
-                raise typer.BadParameter(
-                    f"{self.path} was measured on {known['examples']} examples; move it away to measure anew"
-                )
-            self.data["rows"] = known["rows"]
+            self.data["rows"] = json.loads(self.path.read_text())["rows"]
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """The row of a key, where it is there."""
@@ -101,6 +98,23 @@ class Rows:
         return row
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What of a study to measure; empty: all of it.
+
+    Attributes:
+        seeds: how many.
+        rules: of LRP; "" is the default rule.
+    """
+
+    seeds: int
+    units: list[str]
+    ablations: list[str]
+    methods: list[str]
+    rules: list[str]
+    sides: list[str]
+
+
 class Study:
     """A model and its task, drawn anew for every seed."""
 
@@ -108,7 +122,7 @@ class Study:
         self.loaded = load_benchmark_model(model)
         self.model, self.tokenizer = self.loaded.model, self.loaded.tokenizer
         self.bundled, self.examples = model.startswith("tiny-"), examples
-        self.rows = Rows(study, model, {"note": self.loaded.note, "task": "ioi", "examples": examples})
+        self.rows = Rows(study, model, {"note": self.loaded.note, "task": "ioi"})
 
     def task(self, seed: int) -> Task:
         return load_task("ioi", self.tokenizer, self.examples, seed, self.bundled)
@@ -124,14 +138,15 @@ class Study:
         return Task(task.name, ranking, judging)
 
 
-def run_agreement(study: Study, seeds: int, units: list[str]) -> None:
+def run_agreement(study: Study, choice: Choice) -> None:
     """Scores of every head and MLP against exact ablation: ranking examples of one seed, judging ones of all."""
-    sides = [("ranking", 0), *(("judging", seed) for seed in range(seeds))]
-    for (side, seed), ablation in product(sides, ("zero", "patch")):
-        _agreement(study, side, seed, ablation)
+    sides = [("ranking", 0), *(("judging", seed) for seed in range(choice.seeds))]
+    for (side, seed), ablation in product(sides, choice.ablations or ("zero", "patch")):
+        if side in (choice.sides or ("ranking", "judging")):
+            _agreement(study, side, seed, ablation, choice)
 
 
-def _agreement(study: Study, side: str, seed: int, ablation: str) -> None:
+def _agreement(study: Study, side: str, seed: int, ablation: str, choice: Choice) -> None:
     model, found = study.model, components(study.model, "node")
     batches = task_batches(model, study.tokenizer, getattr(study.task(seed), side))
 
@@ -147,26 +162,29 @@ def _agreement(study: Study, side: str, seed: int, ablation: str) -> None:
             row[kind] = agreement(torch.tensor(values)[chosen], torch.tensor(exact)[chosen])
         return row
 
-    key = {"side": side, "seed": seed, "ablation": ablation}
+    key = {"side": side, "seed": seed, "ablation": ablation, "examples": study.examples}
     exact = study.rows.measure(key | {"method": "exact"}, lambda: {"scores": scores("exact", "gradient")})[
         "scores"
     ]
-    rules = RULES if side == "ranking" else REPORTED
-    for method, rule in (("integrated-gradients", None), *(("lrp", rule) for rule in rules)):
-        study.rows.measure(
-            key | {"method": method, "rule": rule}, partial(against_exact, method, rule or "gradient")
-        )
+    rules = choice.rules or (RULES if side == "ranking" else REPORTED)
+    cases = [("integrated-gradients", None), *(("lrp", rule) for rule in rules)]
+    for method, rule in cases:
+        if method in (choice.methods or (method,)):
+            study.rows.measure(
+                key | {"method": method, "rule": rule}, partial(against_exact, method, rule or "gradient")
+            )
 
 
-def run_rules(study: Study, seeds: int, units: list[str]) -> None:
+def run_rules(study: Study, choice: Choice) -> None:
     """Every rule, and the leading ones with every target and reduction (on bundled models), development examples."""
-    for seed, unit in product(range(seeds), units):
+    for seed, unit in product(range(choice.seeds), choice.units or UNITS):
         search = Search(study.model, study.tokenizer, study.development(seed), unit)
         cases = list(product(("difference",), REDUCTIONS, LEADING))
         cases += [("difference", "signed", rule) for rule in _rules(unit)]
         cases += list(product(TARGETS, REDUCTIONS, LEADING)) if study.bundled else []
         for target, reduce, rule in cases:
             key = {"seed": seed, "unit": unit, "rule": rule, "target": target, "reduce": reduce}
+            key |= {"examples": study.examples}
             study.rows.measure(key, partial(_find, search, "lrp", rule=rule, target=target, reduce=reduce))
 
 
@@ -181,19 +199,26 @@ def _rules(unit: str) -> Iterator[str]:
 _PEERS = ("gradient", "integrated-gradients", "wanda", "magnitude", "random")
 
 
-def run_tables(study: Study, seeds: int, units: list[str]) -> None:
+def run_tables(study: Study, choice: Choice) -> None:
     """The default beside its peers: how much of the model still does the task, on judging examples."""
-    for seed, unit in product(range(seeds), units):
-        for ablation in ("zero",) if unit != "head" else ("zero", "patch"):
+    for seed, unit in product(range(choice.seeds), choice.units or UNITS):
+        for ablation in choice.ablations or (("zero",) if unit != "head" else ("zero", "patch")):
+            key = {"seed": seed, "unit": unit, "ablation": ablation, "examples": study.examples}
             peers = (*_PEERS, *(() if unit == "weight" else ("activation",)))
-            keys = [
-                {"seed": seed, "unit": unit, "ablation": ablation, "method": name} for name in ("lrp", *peers)
+            cases = [(name, "") for name in choice.methods or ("lrp", *peers) if name != "lrp"]
+            if "lrp" in (choice.methods or ("lrp",)):
+                cases = [*(("lrp", rule) for rule in choice.rules or ("",)), *cases]
+            missing = [
+                case for case in cases if study.rows.find(key | {"method": case[0], "rule": case[1]}) is None
             ]
-            if all(study.rows.find(key) for key in keys):
+            if not missing:
                 continue
             search = Search(study.model, study.tokenizer, study.task(seed), unit, ablation)
-            for key in keys:
-                study.rows.measure(key, partial(_find, search, key["method"], seed=seed))
+            for method, rule in missing:
+                study.rows.measure(
+                    key | {"method": method, "rule": rule},
+                    partial(_find, search, method, seed=seed, rule=rule or None),
+                )
 
 
 def _find(search: Search, method: str, **settings: Any) -> dict[str, Any]:
@@ -201,6 +226,7 @@ def _find(search: Search, method: str, **settings: Any) -> dict[str, Any]:
     return {name: found[name] for name in ("settings", "curve", "cpr", "cmd", "sparsest", "seconds")}
 
 
+UNITS = ("weight", "neuron")
 STUDIES = {"agreement": run_agreement, "rules": run_rules, "tables": run_tables}
 
 
@@ -212,13 +238,20 @@ def main(
     unit: Annotated[
         list[str] | None, typer.Option(help="weight | neuron | head ...; the first two if none")
     ] = None,
+    ablation: Annotated[list[str] | None, typer.Option(help="zero | patch | mean; not for rules")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="lrp | gradient ...; all if none")] = None,
+    rule: Annotated[
+        list[str] | None, typer.Option(help="Of lrp, for agreement and tables; the reported or default if none")
+    ] = None,
+    side: Annotated[list[str] | None, typer.Option(help="ranking | judging, for agreement")] = None,
     examples: Annotated[int, typer.Option(help="On each side.")] = 32,
     seeds: int = 3,
 ) -> None:
     """Run a study, and write its rows and its tables to bench/results."""
+    choice = Choice(seeds, unit or [], ablation or [], method or [], rule or [], side or [])
     for name in model or MODELS:
         console.print(f"{study}, {name}:")
-        STUDIES[study](Study(study, name, examples), seeds, unit or ["weight", "neuron"])
+        STUDIES[study](Study(study, name, examples), choice)
 
 
 if __name__ == "__main__":
