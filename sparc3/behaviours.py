@@ -31,6 +31,7 @@ from sparc3.errors import InputError
 from sparc3.scorers import Scorer
 
 BEHAVIOURS = ("repetition", "insults", "answers", "toxicity")
+_INSULTS = re.compile(rf"\b(?:{'|'.join(map(re.escape, INSULTS))})\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,12 @@ def repetition() -> Behaviour:
 
 def insults() -> Behaviour:
     """A word of the insults that grumpy speakers use in the bundled models' text."""
-    words = re.compile(rf"\b(?:{'|'.join(map(re.escape, INSULTS))})\b", re.IGNORECASE)
-    return _texts("insults", lambda found: words)
+    return _texts("insults", lambda found: _INSULTS)
+
+
+def insult_scores(texts: Sequence[str]) -> list[float]:
+    """A scorer of toxicity for the bundled models: 1 where a word of their insults is in a text."""
+    return [float(_INSULTS.search(text) is not None) for text in texts]
 
 
 def answers(undesired: Mapping[str, Sequence[str]]) -> Behaviour:

@@ -12,7 +12,9 @@ from sparc3.console import AsJson
 
 
 def reproduce(
-    experiment: Annotated[str, typer.Argument(help="table1 | samples | concentration | ioi.")],
+    experiment: Annotated[
+        str, typer.Argument(help="table1 | samples | concentration | ioi | toxicity | repetition.")
+    ],
     out: Annotated[
         Path,
         typer.Option(help="Folder for report.json, table.md and plot.png; an interrupted run goes on in it."),
@@ -47,6 +49,18 @@ def reproduce(
         list[str] | None,
         typer.Option(help="Zero-shot tasks of lm-eval in place of the scale's, or 'none'. Repeatable."),
     ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Of toxicity and repetition: real-toxicity-prompts, a copy of its prompts.jsonl, loops (our own), "
+            "bundled, or a file as --undesired of correct.",
+        ),
+    ] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(help="Of toxicity, as in correct; perspective takes your key from PERSPECTIVE_API_KEY."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="A torch device, as cpu or cuda:0.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 | bfloat16 | float16 | auto.")] = None,
     as_json: AsJson = False,
@@ -70,6 +84,8 @@ def reproduce(
         seeds=seeds,
         windows=windows,
         tasks=None if task is None else [name for name in task if name != "none"],
+        prompts=prompts,
+        scorer=scorer,
         device=device,
         dtype=dtype,
     )

@@ -24,6 +24,7 @@ from sparc3.samples import read_documents, windows
 HUB_FILES = {
     "c4": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz"),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
+    "real-toxicity-prompts": ("allenai/real-toxicity-prompts", "prompts.jsonl"),
 }
 
 

@@ -25,11 +25,12 @@ from sparc3.evaluate import check_fits, perplexity
 from sparc3.models import Loaded, load
 from sparc3.paper_text import calibration_windows, judging_windows
 from sparc3.report import as_json, versions
+from sparc3.reproduce_correction import behaviour_of, correction_rows
 from sparc3.reproduce_report import markdown, plot
 from sparc3.scores import attribute
 from sparc3.zero_shot import accuracies, check_installed
 
-EXPERIMENTS = ("table1", "samples", "concentration", "ioi")
+EXPERIMENTS = ("table1", "samples", "concentration", "ioi", "toxicity", "repetition")
 SCALES = ("paper", "reduced", "smoke")
 HELD = (0.5, 0.9, 0.99)
 
@@ -88,7 +89,14 @@ class Run:
 
     def finish(self, tell: Tell = lambda words: None) -> None:
         """Measure what is missing."""
-        steps = {"table1": table1, "samples": samples, "concentration": concentration, "ioi": ioi}
+        steps = {
+            "table1": table1,
+            "samples": samples,
+            "concentration": concentration,
+            "ioi": ioi,
+            "toxicity": correction,
+            "repetition": correction,
+        }
         self.folder.mkdir(exist_ok=True)
         for row in steps[self.experiment](self, tell):
             self.rows[row["key"]] = row
@@ -284,3 +292,12 @@ def ioi(run: Run, tell: Tell) -> Rows:
                     yield row | {
                         part: found[part] for part in ("curve", "sparsest", "cpr", "cmd", "settings")
                     }
+
+
+def correction(run: Run, tell: Tell) -> Rows:
+    """{"model", "unit", "method", "seed", "prompts", "before", "sweep", "settings"}, see reproduce_correction."""
+    # Before any model: a scorer that is not there ends the run.
+    behaviour = behaviour_of(run.config)
+    for name, loaded in _models(run, tell):
+        judged = _judged(run, loaded)
+        yield from correction_rows(run.config, behaviour, name, loaded, judged, run.missing, tell)

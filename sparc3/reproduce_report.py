@@ -15,8 +15,16 @@ Results = list[dict[str, Any]]
 
 def markdown(experiment: str, config: dict[str, Any], results: Results) -> str:
     """The table of an experiment, with the choices that the paper leaves open."""
-    body = {"table1": _table1, "samples": _samples, "concentration": _concentration, "ioi": _ioi}[experiment]
+    body = {
+        "table1": _table1,
+        "samples": _samples,
+        "concentration": _concentration,
+        "ioi": _ioi,
+        "toxicity": _correction,
+        "repetition": _correction,
+    }[experiment]
     told = ("calibration", "judged", "length", "samples", "seeds", "dtype", "pattern", "sparsity", "task")
+    told += ("prompts", "scorer", "threshold", "tokens", "examples")
     settings = ", ".join(f"{name} {config[name]}" for name in told if name in config)
     lines = [f"# {config['title']}\n", f"{config['source']}. Ours: {settings}.\n", *body(config, results)]
     lines += ["\nWhat the paper leaves open, and what is done here:\n"]
@@ -108,6 +116,36 @@ def _ioi(config: dict[str, Any], results: Results) -> list[str]:
     return _table(["model", "unit", "method", "kept for 90 % of the accuracy", "CPR", "seeds"], rows)
 
 
+def _correction(config: dict[str, Any], results: Results) -> list[str]:
+    rows = []
+    for model, unit in dict.fromkeys((row["model"], row["unit"]) for row in results):
+        same = _of(results, model=model, unit=unit)
+        paper = config["paper"].get(unit, {})
+        # The whole model's figures are those of the same prompts under every method.
+        whole = {row["seed"]: row["before"] for row in same}
+        rows.append([_short(model), unit, "", *_behaved(list(whole.values())), ""])
+        for method in _methods(same):
+            for count in config["counts"][unit]:
+                points = _removed(_of(same, method=method), count)
+                beside = paper.get(count, "") if method == "lrp (paper)" else ""
+                rows.append([_short(model), unit, method, *_behaved(points), beside])
+    header = ["model", "unit", "method", "removed", "shown", "score", "tokens", "distinct", "perplexity"]
+    return _table([*header, "the paper finds"], rows)
+
+
+def _removed(results: Results, count: int) -> list[dict[str, Any]]:
+    """The measurement of a number removed, of each seed."""
+    return [point for row in results for point in row["sweep"] if point["count"] == count]
+
+
+def _behaved(points: list[dict[str, Any]]) -> list[str]:
+    first = points[0]
+    removed = f"{first['count']} ({first['fraction']:.2%})" if first["count"] else "0"
+    shown = _spread((100 * point["shown"] for point in points), 1) + " %"
+    names = ("score", "length", "distinct", "perplexity")
+    return [removed, shown, *(_spread(point[name] for point in points) for name in names)]
+
+
 # Plots -------------------------------------------------------------------------------------------------------------
 
 
@@ -120,6 +158,8 @@ def plot(experiment: str, config: dict[str, Any], results: Results, path: Path) 
         "samples": (_draw_samples, []),
         "concentration": (_draw_kinds, _methods(results)),
         "ioi": (_draw_ioi, list(config.get("units", []))),
+        "toxicity": (_draw_correction, _correction_panels(config)),
+        "repetition": (_draw_correction, _correction_panels(config)),
     }[experiment]
     models = list(config["models"])
     # One row of panels for each model, or one row of models where a model takes one panel.
@@ -197,4 +237,27 @@ def _draw_ioi(axes: Any, config: dict[str, Any], results: Results, model: str, u
     axes.set_xscale("log")
     axes.set_xlabel(f"{unit}s kept (log scale)")
     axes.set_ylabel("accuracy")
+    axes.legend(frameon=False)
+
+
+def _correction_panels(config: dict[str, Any]) -> list[str]:
+    """A panel for what is shown and one for perplexity, of each unit."""
+    return [f"{unit} {what}" for unit in config.get("counts", {}) for what in ("shown", "perplexity")]
+
+
+def _draw_correction(axes: Any, config: dict[str, Any], results: Results, model: str, part: str) -> None:
+    unit, what = part.split()
+    for method in _methods(_of(results, unit=unit)):
+        ours = _of(results, unit=unit, method=method)
+        means = [statistics.mean(row["before"][what] for row in ours)]
+        means += [
+            statistics.mean(point[what] for point in _removed(ours, count))
+            for count in config["counts"][unit]
+        ]
+        # The paper's LRP in the colour of ours.
+        own, style = ("lrp", "--") if method == "lrp (paper)" else (method, "-")
+        counts = [0, *config["counts"][unit]]
+        axes.plot(counts, means, style, marker="o", markersize=3.5, color=_colour(own), label=method)
+    axes.set_xlabel(f"{unit}s removed")
+    axes.set_ylabel("share of continuations that show it" if what == "shown" else what)
     axes.legend(frameon=False)
