@@ -126,7 +126,19 @@ def info(as_json: AsJson = False) -> None:
     table.add_row("GPUs", ", ".join(kernels["cuda_devices"]) or "none that torch sees")
     for name, state in kernels["backends"].items():
         table.add_row(f"backend {name}", state)
+    for where, how in _packed_weights(kernels["backends"]).items():
+        table.add_row(f"packed on {where}", how)
     console.show(table, _runs_on(kernels))
+
+
+def _packed_weights(backends: dict[str, str]) -> dict[str, str]:
+    """How products with packed weights run on each kind of device."""
+    unpacked = "unpacked to dense for every call"
+    fused = "bitmap and 2:4 in bf16 and fp16 decoded in the product up to 64 vectors; others "
+    return {
+        "CPUs": "bitmap, nm and csr decoded in the product" if backends["cpu"] == "available" else unpacked,
+        "GPUs": fused + unpacked if backends["cuda"] == "available" else unpacked,
+    }
 
 
 def _runs_on(kernels: dict[str, Any]) -> str:

@@ -191,7 +191,7 @@ def _ours(format: str) -> Callable[[torch.Tensor, int, int], Operand]:
             linear = deepcopy(packed)
             return lambda x: lambda: linear(x)
 
-        return Operand(_size(*packed.stored().values()), copy)
+        return Operand(_size(*packed.parameters(), *packed.buffers()), copy)
 
     return prepare
 

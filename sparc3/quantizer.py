@@ -93,6 +93,7 @@ class Sparc3Quantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, SparseLinear):
                 move_to_huge_pages(module)
+                module.arrange()
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Every packed linear becomes an nn.Linear again (also what was a Conv1D)."""

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
+from sparc3_kernels import packed_cuda
 from sparc3_kernels.bitmap import bitmap_linear, check_bitmap, pack_bitmap, unpack_bitmap
+from sparc3_kernels.bitmap_cuda import (
+    ArrangedBitmap,
+    arrange_bitmap,
+    arranged_bitmap_linear,
+    restore_bitmap,
+    unpack_arranged_bitmap,
+)
 from sparc3_kernels.csr import check_csr, csr_linear, index_dtype, pack_csr, unpack_csr
 from sparc3_kernels.nm import check_nm, nm_linear, pack_nm, unpack_nm
+from sparc3_kernels.two_of_four_cuda import (
+    arrange_two_of_four,
+    arranged_two_of_four_linear,
+    restore_two_of_four,
+    unpack_arranged_two_of_four,
+)
 from torch import nn
 
 from sparc3.errors import InputError
@@ -76,6 +90,10 @@ class SparseLinear(nn.Module):
     For inference: no gradient flows to ``weight`` or x. The values have the name of the dense weight so that a loader
     that does not know the format stops at their shape, instead of leaving the weight random.
 
+    On a CUDA device with kernels for the format the module holds the weight in tensor-core order instead
+    (``arranged``). Moving, casting and loading restore the stored form first; state dicts have it, on the host, since
+    a device need not have room for the weights twice.
+
     Args:
         packing: what is packed, and how.
         bias: whether there is one.
@@ -84,6 +102,7 @@ class SparseLinear(nn.Module):
     """
 
     format: ClassVar[str]
+    arranged = False
 
     def __init__(
         self,
@@ -129,7 +148,61 @@ class SparseLinear(nn.Module):
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The stored tensors, without the bias."""
+        if self.arranged:
+            return self._restored()
         return {name: getattr(self, name).detach() for name in self.packing.layout()}
+
+    def arrange(self) -> None:
+        """Hold the weight in tensor-core order, where the device and its library have kernels for that."""
+        rows, columns = self.packing.shape
+        if not self.arranged and self._can_arrange() and packed_cuda.takes(self.weight, rows, columns):
+            self._hold(self._arrange())
+            self.arranged = True
+
+    def _can_arrange(self) -> bool:
+        """Whether there is an order of tensor cores for this packing."""
+        return False
+
+    def _arrange(self) -> dict[str, torch.Tensor]:
+        """What is held in tensor-core order, the values as ``weight``."""
+        raise NotImplementedError
+
+    def _restored(self) -> dict[str, torch.Tensor]:
+        """The stored tensors again, of an arranged weight."""
+        raise NotImplementedError
+
+    def _restore(self) -> None:
+        if self.arranged:
+            self._hold(self._restored())
+            self.arranged = False
+
+    def _hold(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._buffers.clear()
+        for name, tensor in tensors.items():
+            if name == "weight":
+                self.weight = nn.Parameter(tensor, requires_grad=False)
+            else:
+                self.register_buffer(name, tensor)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
+        empty = self.weight.is_meta
+        self._restore()
+        super()._apply(fn, recurse)
+        if not empty:  # else nothing has been loaded yet
+            self.arrange()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if not self.arranged:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        bias = {} if self.bias is None else {"bias": self.bias.detach()}
+        for name, tensor in {**self.stored(), **bias}.items():
+            destination[prefix + name] = tensor.cpu()
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._restore()
+        super()._load_from_state_dict(*arguments)
 
     def extra_repr(self) -> str:
         kept = self.packing.nonzero / max(1, self.out_features * self.in_features)
@@ -145,6 +218,9 @@ class BitmapLinear(SparseLinear):
     format = "bitmap"
     bits: torch.Tensor
     offsets: torch.Tensor
+    masks: torch.Tensor
+    starts: torch.Tensor
+    deepest: int
 
     @staticmethod
     def layout(packing: Packing) -> Layout:
@@ -164,10 +240,31 @@ class BitmapLinear(SparseLinear):
     def check(packing: Packing, tensors: Mapping[str, torch.Tensor]) -> None:
         check_bitmap(tensors["bits"], tensors["weight"], tensors["offsets"], packing.shape[1])
 
+    def _can_arrange(self) -> bool:
+        return True
+
+    def _arrange(self) -> dict[str, torch.Tensor]:
+        masks, starts, values, self.deepest = arrange_bitmap(
+            self.bits, self.weight.detach(), self.offsets, self.in_features
+        )
+        return {"weight": values, "masks": masks, "starts": starts}
+
+    def _restored(self) -> dict[str, torch.Tensor]:
+        held = ArrangedBitmap(self.masks, self.starts, self.weight.detach(), self.deepest)
+        bits, values, offsets = restore_bitmap(held, *self.packing.shape)
+        return {"weight": values, "bits": bits, "offsets": offsets}
+
     def dense(self) -> torch.Tensor:
-        return unpack_bitmap(self.bits, self.weight.detach(), self.offsets, self.in_features)
+        weight = self.weight.detach()
+        if self.arranged:
+            return unpack_arranged_bitmap(self.masks, self.starts, weight, self.deepest, *self.packing.shape)
+        return unpack_bitmap(self.bits, weight, self.offsets, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.arranged:
+            return arranged_bitmap_linear(
+                x, self.masks, self.starts, self.weight, self.deepest, *self.packing.shape, self.bias
+            )
         return bitmap_linear(x, self.bits, self.weight, self.offsets, self.bias)
 
 
@@ -176,6 +273,7 @@ class NMLinear(SparseLinear):
 
     format = "nm"
     indices: torch.Tensor
+    places: torch.Tensor
 
     @staticmethod
     def layout(packing: Packing) -> Layout:
@@ -192,10 +290,26 @@ class NMLinear(SparseLinear):
     def check(packing: Packing, tensors: Mapping[str, torch.Tensor]) -> None:
         check_nm(tensors["weight"], tensors["indices"], packing.n, packing.m)
 
+    def _can_arrange(self) -> bool:
+        return (self.packing.n, self.packing.m) == (2, 4)
+
+    def _arrange(self) -> dict[str, torch.Tensor]:
+        values, places = arrange_two_of_four(self.weight.detach(), self.indices)
+        return {"weight": values, "places": places}
+
+    def _restored(self) -> dict[str, torch.Tensor]:
+        values, indices = restore_two_of_four(self.weight.detach(), self.places, *self.packing.shape)
+        return {"weight": values, "indices": indices}
+
     def dense(self) -> torch.Tensor:
-        return unpack_nm(self.weight.detach(), self.indices, self.packing.n, self.packing.m)
+        weight = self.weight.detach()
+        if self.arranged:
+            return unpack_arranged_two_of_four(weight, self.places, *self.packing.shape)
+        return unpack_nm(weight, self.indices, self.packing.n, self.packing.m)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.arranged:
+            return arranged_two_of_four_linear(x, self.weight, self.places, *self.packing.shape, self.bias)
         return nm_linear(x, self.weight, self.indices, self.packing.n, self.packing.m, self.bias)
 
     def extra_repr(self) -> str:
@@ -299,3 +413,4 @@ def _check_loaded(module: SparseLinear, _: Any) -> None:
     # On the meta device there are no values yet.
     if not any(tensor.is_meta for tensor in tensors.values()):
         check_packed(module.name, module.packing, tensors)
+        module.arrange()

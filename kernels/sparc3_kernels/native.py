@@ -72,9 +72,36 @@ class CSR(ctypes.Structure):
     )
 
 
+class CudaBitmap(ctypes.Structure):
+    """sparc3_cuda_bitmap."""
+
+    _fields_ = (
+        ("dtype", c_int),
+        ("rows", c_size_t),
+        ("columns", c_size_t),
+        ("masks", c_void_p),
+        ("starts", c_void_p),
+        ("values", c_void_p),
+        ("deepest", c_size_t),
+    )
+
+
+class CudaTwoOfFour(ctypes.Structure):
+    """sparc3_cuda_two_of_four."""
+
+    _fields_ = (
+        ("dtype", c_int),
+        ("rows", c_size_t),
+        ("columns", c_size_t),
+        ("values", c_void_p),
+        ("places", c_void_p),
+    )
+
+
 _STATUS = c_int
 _MATRIX = [c_int, c_void_p, c_size_t, c_size_t]  # dtype, weight, rows, columns
 _LINEAR = [c_void_p, c_size_t, c_void_p, c_void_p, c_int, c_void_p, c_size_t]
+_CUDA_LINEAR = [c_void_p, c_size_t, *[c_void_p] * 3, c_size_t, c_void_p]
 _DENSE = [
     c_void_p,
     c_void_p,
@@ -152,6 +179,20 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
             [c_void_p, c_int, c_void_p, c_size_t, c_void_p, c_void_p, c_size_t, c_void_p],
         ),
         "sparc3_cuda_select_rows": (_STATUS, [c_int, c_void_p, *[c_size_t] * 3, *[c_void_p] * 3]),
+        "sparc3_cuda_bitmap_chunks": (c_size_t, [c_size_t] * 2),
+        "sparc3_cuda_bitmap_arrange_masks": (_STATUS, [c_void_p, *[c_size_t] * 2, *[c_void_p] * 4]),
+        "sparc3_cuda_bitmap_arrange_values": (
+            _STATUS,
+            [c_int, *[c_void_p] * 2, *[c_size_t] * 2, *[c_void_p] * 4],
+        ),
+        "sparc3_cuda_bitmap_unpack": (_STATUS, [POINTER(CudaBitmap), c_void_p, c_void_p]),
+        "sparc3_cuda_bitmap_linear_workspace_size": (c_size_t, [c_size_t] * 3),
+        "sparc3_cuda_bitmap_linear": (_STATUS, [POINTER(CudaBitmap), *_CUDA_LINEAR]),
+        "sparc3_cuda_two_of_four_steps": (c_size_t, [c_size_t] * 2),
+        "sparc3_cuda_two_of_four_arrange": (_STATUS, [POINTER(NM), *[c_void_p] * 3]),
+        "sparc3_cuda_two_of_four_unpack": (_STATUS, [POINTER(CudaTwoOfFour), c_void_p, c_void_p]),
+        "sparc3_cuda_two_of_four_linear_workspace_size": (c_size_t, [c_size_t] * 3),
+        "sparc3_cuda_two_of_four_linear": (_STATUS, [POINTER(CudaTwoOfFour), *_CUDA_LINEAR]),
     },
 }
 

@@ -49,8 +49,10 @@ def unpack_nm_reference(values: Tensor, indices: Tensor, n: int, m: int) -> Tens
     check_nm(values, indices, n, m)
     rows, groups = values.shape[0], values.shape[1] // n
     places = _unpack_places(indices, values.shape[1], _width(m)).view(rows, groups, n)
-    weight = values.new_zeros(rows, groups, m)
-    return weight.scatter_(2, places.long(), values.view(rows, groups, n)).view(rows, groups * m)
+    # As integers: scattering bf16 would lose what a NaN carries.
+    bits = values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+    weight = bits.new_zeros(rows, groups, m).scatter_(2, places.long(), bits.view(rows, groups, n))
+    return weight.view(values.dtype).view(rows, groups * m)
 
 
 def nm_linear_reference(

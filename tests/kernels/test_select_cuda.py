@@ -3,57 +3,20 @@
 csrc/tests/cuda_select.cpp tests the kernels themselves; on a machine with a GPU the last test runs them there.
 """
 
-import contextlib
-import ctypes
-import shutil
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
-
 import numpy as np
 import pytest
 import sparc3_kernels as kernels
 import torch
-from sparc3_kernels import native, select, select_native
+from emulated_cuda import emulate
 from sparc3_kernels.backend import unavailable
 from test_select import FLOATS, assert_keeps, keep_oracle
 from torch import Tensor
 
-CSRC = Path(__file__).parents[2] / "csrc"
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if not shutil.which("g++"):
-        pytest.skip("g++ is not installed")
-    path = tmp_path_factory.mktemp("emulated") / "libemulated.so"
-    sources = [CSRC / "cuda" / f"select_{part}.cu" for part in ("count", "mask", "rows")]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-DSPARC3_CUDA_EMULATION", f"-I{CSRC / 'include'}"]
-    command = ["g++", *flags, "-x", "c++", *map(str, sources), "-o", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    loaded = ctypes.CDLL(str(path))
-    for name, (restype, argtypes) in native._SIGNATURES["sparc3_cuda"].items():
-        if "select" in name:
-            function = getattr(loaded, name)
-            function.restype, function.argtypes = restype, argtypes
-    return loaded
-
 
 @pytest.fixture
-def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of the CPU are taken for those of a device whose library is the emulation."""
-
-    @contextlib.contextmanager
-    def stream_of(device: torch.device) -> Iterator[None]:
-        yield None
-
-    if reason := native.missing():
-        pytest.skip(reason)
-    cpu = native.library()
-    monkeypatch.setattr(native, "library", lambda name="sparc3": library if name == "sparc3_cuda" else cpu)
-    monkeypatch.setattr(select_native, "stream_of", stream_of)
-    monkeypatch.setattr(select, "choose", lambda op, fits: "cuda" if "cuda" in fits else "reference")
+    emulate(monkeypatch)
 
 
 def some_scores(dtype: torch.dtype, *shape: int) -> Tensor:

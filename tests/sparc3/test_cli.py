@@ -209,6 +209,22 @@ def test_info(monkeypatch):
     assert succeed("info").endswith("SPARC3_BACKEND forces the reference backend.\n")
 
 
+@pytest.mark.parametrize(
+    ("there", "cpu", "gpu"),
+    [
+        ((), "unpacked to dense", "unpacked to dense"),
+        (("cpu",), "decoded in the product", "unpacked to dense"),
+        (("cpu", "cuda"), "decoded in the product", "2:4 in bf16 and fp16 decoded in the product"),
+    ],
+)
+def test_info_says_how_packed_weights_run(monkeypatch, there, cpu, gpu):
+    backend = sys.modules["sparc3_kernels.backend"]
+    monkeypatch.setattr(backend, "unavailable", lambda name: None if name in there else "not there")
+    lines = {line.split("packed on ")[-1][:4]: line for line in succeed("info").splitlines()}
+    assert cpu in lines["CPUs"]
+    assert gpu in lines["GPUs"]
+
+
 def test_info_says_why_it_runs_on_the_reference(monkeypatch):
     why = "no compiler was found at install time"
     monkeypatch.delenv("SPARC3_BACKEND", raising=False)
