@@ -32,6 +32,7 @@ from gpu_timing import in_graph, median_ms
 from rich.console import Console
 from rich.table import Table
 from sparc3_kernels import backend
+from sparc3_kernels.attention import DISPATCH
 
 _SECONDS = 500  # for everything: under nine minutes with the start
 _MODEL_SECONDS = 60  # for each way through a whole model, at most
@@ -52,6 +53,7 @@ def measure(case: Case, device: torch.device, dry: bool, seconds: float) -> dict
         "case": case.name,
         "bytes": made.bytes,
         "flops": made.flops,
+        "dispatch": made.dispatch,
         "skipped": {},
         "errors": {},
     }
@@ -161,6 +163,22 @@ def table(results: list[dict[str, Any]], limits: dict[str, float]) -> Table:
     return shown
 
 
+def dispatch_table(results: list[dict[str, Any]]) -> Table:
+    """What sparc3_kernels.attention.DISPATCH is and what it should be, by the slowest ratio of a row's cases."""
+    ratios: dict[str, list[float]] = {row: [] for row in DISPATCH}
+    for result in results:
+        peers = [ms for name, ms in result["ms"].items() if name.startswith("sdpa")]
+        if result.get("dispatch") and peers:
+            ratios[result["dispatch"]].append(min(peers) / result["ms"]["sparc3"])
+    shown = Table(title="dispatch of attention: ours where SDPA takes longer in every case of a row")
+    for column in ("row", "ours now", "SDPA / ours", "ours by this run"):
+        shown.add_column(column)
+    for row, found in ratios.items():
+        figures = ", ".join(f"{ratio:.2f}" for ratio in found) or "SDPA has none"
+        shown.add_row(row, str(DISPATCH[row]), figures, str(all(ratio >= 1 for ratio in found)))
+    return shown
+
+
 def main() -> None:
     """Measure, write the file, print the table."""
     parser = argparse.ArgumentParser(
@@ -202,6 +220,7 @@ def main() -> None:
         beside.write_text(json.dumps(document, indent=1) + "\n")
         beside.replace(out)
         console.print(f"wrote {out}")
+    console.print(dispatch_table(results))
     console.print(table(results, limits))
 
 

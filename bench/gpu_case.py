@@ -21,6 +21,7 @@ class Made:
         tolerance: largest relative error (norm over norm) that is timed; bf16 rounds at 2^-8.
         rates: timed without a check, because they do less: what ours is held against.
         short: takes about as long on the GPU as Python takes to launch it, so that it is timed in a CUDA graph.
+        dispatch: row of sparc3_kernels.attention.DISPATCH that this case decides, if any.
     """
 
     inputs: list[Any]
@@ -31,6 +32,7 @@ class Made:
     tolerance: float = 2e-2
     rates: dict[str, Implementation] = field(default_factory=dict)
     short: bool = False
+    dispatch: str = ""
 
 
 @dataclass

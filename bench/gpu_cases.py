@@ -14,7 +14,7 @@ from gpu_case import Case, Implementation, Made, compiled, normal
 from gpu_row_cases import gated_mlp_cases, norm_cases
 from gpu_select_cases import select_cases
 from sparc3_kernels import accumulate_weight_relevance_
-from sparc3_kernels.attention import attention, beats_sdpa
+from sparc3_kernels.attention import DISPATCH, attention, dispatch_row
 from sparc3_kernels.attention_backward import attention_backward
 from sparc3_kernels.lm_head import lm_head_target
 from torch.nn import functional as F
@@ -125,7 +125,8 @@ def _attention(
         area = length * length / 2 if not span else span * length - span * span / 2
         kinds = ("MATH",) if dry else ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
         implementations = {"sparc3": ours}
-        if not beats_sdpa(width, softcap, span, need_qk):
+        row = dispatch_row(width, softcap, span, need_qk)
+        if not DISPATCH[row]:
             implementations["sparc3 as dispatched"] = backward("dispatched", dispatched, scaled=True)
         implementations |= {f"sdpa {kind.lower()} + scalings": backward(kind, sdpa(kind)) for kind in kinds}
         implementations["flex_attention compiled + scalings"] = backward("flex", flex)
@@ -135,6 +136,7 @@ def _attention(
             reference,
             implementations,
             flops=int((10 if need_qk else 4) * area * width * many),
+            dispatch=row,
         )
 
     extra = (f" window {window}" if window else "") + (f" soft-cap {softcap:g}" if softcap else "")

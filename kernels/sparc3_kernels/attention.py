@@ -247,14 +247,33 @@ def attention(
     return torch.ops.sparc3.attention(q, k, v, begin, end, scale, causal, window, softcap)
 
 
-def beats_sdpa(width: int, softcap: float, window: int, need_qk: bool) -> bool:
-    """Whether `attention` and its backward are taken instead of torch's own, with its gradients scaled.
+# Whether ours is taken instead of torch's backward with its gradients scaled. Not measured yet: by published figures
+# torch's (cuDNN, FlashAttention 2) is faster up to D = 128 where all three gradients are wanted; values alone take 2
+# products of 5, and torch has no kernel for soft-caps or windows, nor a fast one for D = 256. bench/gpu.py prints
+# what this table should be.
+DISPATCH = {
+    "soft-cap": True,
+    "window": True,
+    "values alone": True,
+    "heads wider than 128": True,
+    "all gradients": False,
+}
 
-    Not measured yet. By published figures torch's backward (cuDNN, FlashAttention 2) is faster up to D = 128 where
-    all three gradients are wanted; values alone take 2 products of 5, and torch has no kernel for soft-caps or
-    windows, nor a fast one for D = 256.
-    """
-    return not need_qk or softcap > 0 or window > 0 or width > 128
+
+def dispatch_row(width: int, softcap: float, window: int, need_qk: bool) -> str:
+    """The row of `DISPATCH` that decides a case."""
+    if softcap > 0:
+        return "soft-cap"
+    if window > 0:
+        return "window"
+    if not need_qk:
+        return "values alone"
+    return "heads wider than 128" if width > 128 else "all gradients"
+
+
+def beats_sdpa(width: int, softcap: float, window: int, need_qk: bool) -> bool:
+    """Whether `attention` and its backward are taken instead of torch's own."""
+    return DISPATCH[dispatch_row(width, softcap, window, need_qk)]
 
 
 def check(

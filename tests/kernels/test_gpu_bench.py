@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from gpu import measure, table, whole_model
+from gpu import dispatch_table, measure, table, whole_model
 from gpu_cases import cases
 from rich.console import Console
 from sparc3_kernels import backend
@@ -45,6 +45,23 @@ def test_cases_agree_with_their_reference_and_fill_the_table() -> None:
     page = io.StringIO()
     Console(file=page, width=200).print(table(results, {"copy": 1e9, "product": 1e9}))
     assert all(case.name in page.getvalue() for case in chosen)
+
+
+def test_the_dispatch_follows_the_slowest_case_of_a_row() -> None:
+    found = [
+        {"dispatch": "all gradients", "ms": {"sparc3": 2.0, "sdpa math": 3.0, "sdpa other": 2.5}},
+        {"dispatch": "all gradients", "ms": {"sparc3": 2.0, "sdpa math": 1.0}},
+        {"dispatch": "values alone", "ms": {"sparc3": 1.0, "sdpa math": 4.0}},
+        {"dispatch": "window", "ms": {"sparc3": 1.0, "flex_attention": 0.5}},
+        {"dispatch": "", "ms": {"sparc3": 1.0}},
+        {"ms": {"sparc3": 1.0}},
+    ]
+    page = io.StringIO()
+    Console(file=page, width=200).print(dispatch_table(found))
+    rows = [[part.strip() for part in line.split("│")[1:-1]] for line in page.getvalue().splitlines()]
+    assert ["all gradients", "False", "1.25, 0.50", "False"] in rows
+    assert ["values alone", "True", "4.00", "True"] in rows
+    assert ["window", "True", "SDPA has none", "True"] in rows
 
 
 def test_a_whole_model_with_its_peers_in_processes_of_their_own() -> None:
