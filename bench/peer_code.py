@@ -15,7 +15,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -143,25 +143,21 @@ def main(
     for method in ("wanda", "ria", "sparsegpt"):
         for pattern in ("row", "2:4"):
             pattern = "layer" if method == "sparsegpt" and pattern == "row" else pattern
-            mask = prune(loaded.model, calibration, method, None if ":" in pattern else 0.5, pattern)
-            mask.apply(loaded.model)
-            ours = perplexity(loaded.model, held_out).value
-            kept = {name: loaded.model.get_parameter(name) != 0 for name in mask.bits}
-            loaded.model.load_state_dict(dense)
-            theirs(loaded.model, calibration, method, pattern, folders)
-            public = perplexity(loaded.model, held_out).value
-            same = sum(int((kept[n] == (loaded.model.get_parameter(n) != 0)).sum()) for n in kept)
-            loaded.model.load_state_dict(dense)
-            rows.append(
-                {
-                    "method": method,
-                    "pattern": pattern,
-                    "ours": ours,
-                    "public": public,
-                    "ratio": ours / public,
-                    "same_mask": same / mask.total,
-                }
-            )
+            found = {}
+            # SparseGPT once more with the samples in reverse: the same sums but for their rounding.
+            for suffix, drawn in [("", calibration), ("_reversed", calibration.flip(0))]:
+                if suffix and method != "sparsegpt":
+                    continue
+                mask = prune(loaded.model, drawn, method, None if ":" in pattern else 0.5, pattern)
+                mask.apply(loaded.model)
+                found[f"ours{suffix}"], ours = _pruned(loaded.model, mask.bits, held_out, dense)
+                theirs(loaded.model, drawn, method, pattern, folders)
+                found[f"public{suffix}"], public = _pruned(loaded.model, mask.bits, held_out, dense)
+                if not suffix:
+                    found["ratio"] = found["ours"] / found["public"]
+                    same = sum(int((kept == public[name]).sum()) for name, kept in ours.items())
+                    found["same_mask"] = same / mask.total
+            rows.append({"method": method, "pattern": pattern, **found})
             console.print(rows[-1])
     data = {
         "model": model,
@@ -174,6 +170,16 @@ def main(
         "results": rows,
     }
     (RESULTS / f"peer-code-{model}.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _pruned(
+    model: Any, names: Iterable[str], held_out: torch.Tensor, dense: dict[str, torch.Tensor]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """(perplexity, what is kept of each weight); the model is dense afterwards."""
+    value = perplexity(model, held_out).value
+    kept = {name: model.get_parameter(name) != 0 for name in names}
+    model.load_state_dict(dense)
+    return value, kept
 
 
 def _commit(folder: Path) -> str:

@@ -3,20 +3,19 @@
     python bench/peers.py                       # both real models, three calibration seeds, held-out text
     python bench/peers.py --model smollm2 --seed 0 --pattern 50%
     python bench/peers.py --text development    # what the defaults of allocation and repair were chosen on
-    python bench/peers.py --memory              # peak memory of each method, each in a process of its own
 
 Calibration windows come from lee_background.cor, the held-out windows are lee.cor; a window is BOS and 128 tokens.
 Results go to bench/results/peers-MODEL.json, case by case, with every window's negative log-likelihood, and to a
-Markdown table; cases that are there already are not run again. ``--busy``: other work runs beside, so that times
-say nothing and are left out.
+Markdown table; cases that are there already are not run again. Each case is timed alone, with all that it needs
+from the dense model on, and its peak memory is what the process has resident at most (the model is part of it).
+``--busy``: other work runs beside, so that times say nothing: they are left out, and cases share scores.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
-import resource
-import subprocess
-import sys
+import statistics
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +30,7 @@ from sparc3.allocate import relevance_budgets
 from sparc3.compress import Pruner, default_settings, evaluate_pruned, repair
 from sparc3.evaluate import Perplexity, paired_interval, perplexity
 from sparc3.mask import Mask
+from sparc3.output import peak_rss
 from sparc3.report import versions
 from sparc3.samples import read_documents, windows
 from sparc3.scores import Scores, attribute
@@ -137,7 +137,6 @@ class Table:
         data = json.loads(target.read_text()) if target.exists() else {}
         same = all(data.get(key) == value for key, value in self.header.items())
         self.rows: list[dict[str, Any]] = data["results"] if same else []
-        self.memory: dict[str, float] = data.get("memory", {}) if same else {}
         self.dense = data["dense"] if same else perplexity(self.loaded.model, self.judged).value
 
     def calibration(self, seed: int) -> torch.Tensor:
@@ -155,7 +154,13 @@ class Table:
                         self._measure(seed, label, pattern, number, busy)
 
     def _measure(self, seed: Seed, label: str, pattern: str, number: int, busy: bool) -> None:
+        if not busy:
+            seed.scored.clear()
+            # What earlier cases left goes back to the system, and Linux starts counting the peak anew.
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
         mask, seconds = seed.mask(label, pattern)
+        peak = peak_rss()
         found = evaluate_pruned(self.loaded.model, mask, self.judged)
         settings = {key: value for key, value in mask.settings.items() if key != "budgets"}
         self.rows.append(
@@ -165,6 +170,8 @@ class Table:
                 "sparsity": mask.sparsity,
                 "perplexity": found.value,
                 "seconds": None if busy else round(seconds, 1),
+                "peak_mib": None if busy or peak is None else peak >> 20,
+                "threads": torch.get_num_threads(),
                 "nll": [round(value, 6) for value in found.nll.tolist()],
             }
         )
@@ -175,9 +182,7 @@ class Table:
         data = self.header | {
             "dense": self.dense,
             "date": time.strftime("%Y-%m-%d"),
-            "threads": torch.get_num_threads(),
             "versions": versions(),
-            "memory": self.memory,
             "results": self.rows,
         }
         partial = self.target.with_suffix(".partial")
@@ -211,7 +216,10 @@ def markdown(data: dict[str, Any]) -> str:
         f"Perplexity, dense {data['dense']:.2f}; {data['calibration']['windows']} calibration windows, judged on "
         f"{data['judged']['windows']} windows of {LENGTH} tokens; geometric mean over calibration seeds, their "
         "number in brackets. Methods below the line change the weights that they keep.\n",
-        "| method | " + " | ".join(patterns) + " | seconds |\n|---|" + "---|" * (len(patterns) + 1),
+        "| method | "
+        + " | ".join(patterns)
+        + " | seconds | peak MiB |\n|---|"
+        + "---|" * (len(patterns) + 2),
     ]
     for label in sorted(names, key=lambda name: name in UPDATING):
         cells = []
@@ -219,10 +227,14 @@ def markdown(data: dict[str, Any]) -> str:
             seeds = seeds_of(rows, label, pattern)
             mine = loss(rows, label, pattern, seeds)
             cells.append("" if mine is None else f"{mine.value:.1f} ({len(seeds)})")
-        times = [row["seconds"] for row in rows if row["case"][0] == label and row["seconds"] is not None]
+        # Of earlier runs it is not known how many threads they had.
+        timed = [
+            row for row in rows if row["case"][0] == label and row["seconds"] and row.get("threads", 1) > 1
+        ]
+        measures = [[row[name] for row in timed if row[name]] for name in ("seconds", "peak_mib")]
+        took = [f"{statistics.median(values):.0f}" if values else "not measured" for values in measures]
         if any(cells):
-            seconds = f"{torch.tensor(times).median():.0f}" if times else "not measured"
-            lines.append(f"| {label} | {' | '.join(cells)} | {seconds} |")
+            lines.append(f"| {label} | {' | '.join(cells)} | {' | '.join(took)} |")
     lines += [
         "\nIn nats a token with a 95 % interval paired over windows, over the seeds that both have; negative is "
         "ahead.\n",
@@ -235,8 +247,6 @@ def markdown(data: dict[str, Any]) -> str:
             cells = [_verdict(rows, ours, other, pattern) for pattern in patterns]
             if any(cells):
                 lines.append(f"| {ours} | {other} | {' | '.join(cells)} |")
-    if data["memory"]:
-        lines.append("\nPeak memory in MiB: " + ", ".join(f"{k} {v:.0f}" for k, v in data["memory"].items()))
     return "\n".join(lines) + "\n"
 
 
@@ -253,13 +263,6 @@ def _verdict(rows: list[dict[str, Any]], ours: str, other: str, pattern: str) ->
     return f"{mean:+.3f} ({low:+.3f}, {high:+.3f}) {word}"
 
 
-def peak_memory(model_name: str, label: str, samples: int) -> float:
-    """MiB at the peak of one method at 50 %, in a process of its own; the model is part of it."""
-    command = [sys.executable, __file__, "--model", model_name, "--samples", str(samples), "--peak-of", label]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
 def main(
     model: Annotated[list[str] | None, typer.Option(help="smollm2 | gemma3 | a folder; both if none")] = None,
     pattern: Annotated[list[str] | None, typer.Option(help="50% | 60% | 70% | 2:4 | 4:8")] = None,
@@ -269,23 +272,14 @@ def main(
     seed: Annotated[
         list[int] | None, typer.Option(help="Draws of calibration windows; 0, 1 and 2 if none")
     ] = None,
-    memory: bool = False,
     busy: bool = False,
-    peak_of: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Run the comparison and write its JSON and Markdown to bench/results."""
     for name in model or ["smollm2", "gemma3"]:
         suffix = "" if text == "held-out" else f"-{text}"
         table = Table(name, text, samples, RESULTS / f"peers-{Path(name).name}{suffix}.json")
-        if peak_of:
-            Seed(table.loaded.model, table.calibration(0)).mask(peak_of, "50%")
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        elif memory:
-            table.memory = {label: peak_memory(name, label, samples) for label in labels("50%")}
-            table.write()
-        else:
-            table.run(seed or [0, 1, 2], pattern or list(PATTERNS), only or [], busy)
-            Console(width=160).print(markdown(json.loads(table.target.read_text())), markup=False)
+        table.run(seed or [0, 1, 2], pattern or list(PATTERNS), only or [], busy)
+        Console(width=160).print(markdown(json.loads(table.target.read_text())), markup=False)
 
 
 if __name__ == "__main__":

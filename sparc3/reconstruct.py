@@ -26,6 +26,7 @@ DAMPING = 0.01
 # outputs on other text come no closer), or after so many steps.
 TOLERANCE = 1e-2
 _STEPS, _TINY = 200, 1e-30
+_STILL_GOING = 0.8
 
 
 def sparsegpt(
@@ -121,21 +122,38 @@ def least_squares(
         [..., out, in] fp32, zero where not kept. Columns without input keep their values.
     """
     assert inputs.gram is not None
-    old, gram = weight.float(), inputs.gram
+    gram = inputs.gram
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    token = (diagonal.sum(-1) / inputs.tokens.clamp_min(1))[..., None, None]
+    token = diagonal.sum(-1) / inputs.tokens.clamp_min(1)
     # Of an expert that saw no token nothing is known: any lambda keeps its weights.
     ridge = torch.where(token > 0, damping * token, 1.0)
-    scale = diagonal.unsqueeze(-2) + ridge
-    values = old * kept
+    if weight.dim() == 2:
+        return _conjugate_gradients(weight.float(), kept, gram, ridge, tolerance)
+    each = zip(weight.float(), kept, gram, ridge, strict=True)
+    return torch.stack([_conjugate_gradients(*one, tolerance) for one in each])
+
+
+def _conjugate_gradients(
+    old: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, ridge: torch.Tensor, tolerance: float
+) -> torch.Tensor:
+    """``least_squares`` of one [out, in]; a row that has come close enough costs no more."""
+    scale = gram.diagonal() + ridge
+    found, values = torch.empty_like(old), old * kept
     wanted = old @ gram + ridge * old
     residual = (wanted - values @ gram - ridge * values) * kept
     step = residual / scale
     size = (residual * step).sum(-1, keepdim=True)
     enough = tolerance**2 * (wanted.square() / scale * kept).sum(-1, keepdim=True)
+    rows = torch.arange(len(old), device=old.device)
     for _ in range(_STEPS):
-        if (size <= enough).all():
+        going = (size > enough).squeeze(-1)
+        if not going.any():
             break
+        # Leaving out a few rows alone is not worth the copies.
+        if going.sum() < _STILL_GOING * len(rows):
+            found[rows] = values
+            rows, values, kept, residual = rows[going], values[going], kept[going], residual[going]
+            step, size, enough = step[going], size[going], enough[going]
         image = (step @ gram + ridge * step) * kept
         length = size / (step * image).sum(-1, keepdim=True).clamp_min(_TINY)
         values.addcmul_(length, step)
@@ -143,4 +161,5 @@ def least_squares(
         direction = residual / scale
         before, size = size, (residual * direction).sum(-1, keepdim=True)
         step = direction.addcmul_(size / before.clamp_min(_TINY), step)
-    return values
+    found[rows] = values
+    return found
