@@ -55,12 +55,46 @@ inline void count_lanes(Count *bins, Keys digits, int lanes) {
     }
 }
 
+// The same for the upper halves of kLanes scores that are not negative, which are their digits: taken from memory by
+// the word, as a vector of digits would have to go through a store.
+template <class Count, class Source>
+inline void count_halves(Count *bins, const Source *scores) {
+    constexpr size_t kWords = kLanes * sizeof(Source) / sizeof(uint64_t);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kWords; ++i) {
+        uint64_t word;
+        memcpy(&word, scores + i * (sizeof word / sizeof *scores), sizeof word);
+        if (sizeof(Source) == 2) {
+            ++bins[word & 0xffff];
+            ++bins[word >> 32 & 0xffff];
+        }
+        ++bins[word >> 16 & 0xffff];
+        ++bins[word >> 48];
+    }
+}
+
+template <class Count, class Source>
+bool count_upper_of(const Source *scores, size_t n, int32_t infinity, Count *centre) {
+    const size_t whole = n / kLanes * kLanes;
+    const Keys zero = broadcast(0);
+    Keys largest = zero;
+    for (size_t i = 0; i < whole; i += kLanes) {
+        const Keys bits = load(scores + i), size = magnitude(bits), digits = shift_right<16>(bits);
+        largest = max(largest, size);
+        if (greater(zero, bits) || all_equal(digits))
+            count_lanes(centre, shift_right<16>(signed_key(bits, size)), kLanes);
+        else
+            count_halves(centre, scores + i);
+    }
+    return max_of(largest) <= infinity && for_keys(scores + whole, n - whole, infinity, [&](Keys keys, int lanes) {
+               count_lanes(centre, shift_right<16>(keys), lanes);
+           });
+}
+
 template <class Count>
 bool count_upper(int dtype, const void *scores, size_t n, Count *bins) {
-    Count *centre = bins + sparc3::kBins / 2;
     return typed(dtype, scores, [&](const auto *source) {
-        return for_keys(source, n, infinity_bits(dtype),
-                        [&](Keys keys, int lanes) { count_lanes(centre, shift_right<16>(keys), lanes); });
+        return count_upper_of(source, n, infinity_bits(dtype), bins + sparc3::kBins / 2);
     });
 }
 
