@@ -73,12 +73,16 @@ inline void count_halves(Count *bins, const Source *scores) {
     }
 }
 
+// Counting fills the window of instructions, so that a processor hardly runs ahead into the next page by itself.
+constexpr size_t kAheadOfCount = 2048;
+
 template <class Count, class Source>
 bool count_upper_of(const Source *scores, size_t n, int32_t infinity, Count *centre) {
     const size_t whole = n / kLanes * kLanes;
     const Keys zero = broadcast(0);
     Keys largest = zero;
     for (size_t i = 0; i < whole; i += kLanes) {
+        __builtin_prefetch((const char *)(scores + i) + kAheadOfCount);
         const Keys bits = load(scores + i), size = magnitude(bits), digits = shift_right<16>(bits);
         largest = max(largest, size);
         if (greater(zero, bits) || all_equal(digits))
