@@ -24,6 +24,9 @@ from sparc3_kernels.select_native import CpuSelector, CudaSelector, empty_bits, 
 # Multiplying eight 0/1 bytes by this moves byte i to bit 56 + i, all products landing on distinct bits.
 _GATHER_BITS = 0x0102040810204080
 
+# Scores of a difference that exist at a time: a multiple of 8, so that masks join at bytes.
+DIFFERENCE_CHUNK = 1 << 20
+
 _CHANGED = "the scores changed between two passes over them"
 
 
@@ -242,6 +245,50 @@ def select_stream(chunks: Callable[[], Iterable[Tensor]], prune: int) -> Iterato
         raise ValueError(_CHANGED)
 
 
+def select_difference(pairs: Callable[[], Iterable[tuple[Tensor, Tensor]]], prune: int) -> Iterator[Tensor]:
+    """Prune the `prune` lowest of `a - b` over several pairs (a, b), as `select_stream` over the differences.
+
+    The differences are rounded to the dtype of `a` and `b` as a subtraction of whole tensors does, and formed in one
+    buffer of `DIFFERENCE_CHUNK` scores.
+
+    Args:
+        pairs: each call returns a fresh iterable over the same pairs of tensors (equal shapes, one dtype and device),
+            read as often as `select_stream` reads its chunks.
+        prune: how many to prune over all pairs.
+
+    Yields:
+        one packed mask per pair, on its device.
+
+    Raises:
+        ValueError: shapes or dtypes of a pair differ, and as `select_stream`: inf - inf is NaN.
+    """
+    pieces: list[int] = []  # of each pair, in the last pass begun
+
+    def differences() -> Iterator[Tensor]:
+        pieces.clear()
+        for index, (a, b) in enumerate(pairs()):
+            if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+                raise ValueError(f"pair {index}: {_described(a)} and {_described(b)} are not alike")
+            parts = [part.reshape(-1).split(DIFFERENCE_CHUNK) for part in (a.detach(), b.detach())]
+            pieces.append(len(parts[0]))
+            buffer = a.new_empty(min(a.numel(), DIFFERENCE_CHUNK))
+            for x, y in zip(*parts, strict=True):
+                yield torch.sub(x, y, out=buffer[: x.numel()])
+
+    waiting: list[Tensor] = []
+    done = 0
+    for bits in select_stream(differences, prune):
+        waiting.append(bits)
+        if len(waiting) == pieces[done]:
+            yield torch.cat(waiting)
+            waiting.clear()
+            done += 1
+
+
+def _described(scores: Tensor) -> str:
+    return f"{scores.dtype} {list(scores.shape)} on {scores.device}"
+
+
 def _flat_on_cuda(scores: Tensor, prune: int) -> Tensor:
     selector, more = CudaSelector(scores.dtype, scores.device), True
     while more:
@@ -257,7 +304,7 @@ def _select_stream_reference(chunks: Callable[[], Iterable[Tensor]], prune: int)
     for index, chunk in enumerate(chunks()):
         _check_dtype(index, chunk, scores[0].dtype if scores else chunk.dtype)
         _refuse_nan(chunk, f"tensor {index}: ")
-        scores.append(chunk)
+        scores.append(chunk.clone())  # the next one may lie in the same memory
     flat = torch.cat([chunk.reshape(-1) for chunk in scores])
     _check_prune(prune, flat.numel(), "scores")
     keep = unpack_bits(select_rows_reference(flat[None], prune), flat.shape)

@@ -175,6 +175,21 @@ def test_stream_of_large_and_small_tensors(implementation: str) -> None:
     np.testing.assert_array_equal(torch.cat(keep).numpy(), expected)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_stream_of_groups_with_and_without_signs(implementation: str, dtype: torch.dtype) -> None:
+    """Sixteen scores at a time are counted in one of three ways: equal, none negative, or any."""
+    generator = torch.Generator().manual_seed(11)
+    scores = torch.randn(400, 16, generator=generator).abs()
+    scores[::4, 7] *= -1
+    scores[1::4] = scores[1::4, :1]
+    scores[2::16, 3:9] = torch.tensor([-0.0, 0.0, 65504.0, 0.0, -0.0, 65504.0])
+    flat = scores.to(dtype).view(-1)[:-5]
+    for prune in (1, 700, 3200, 6000):
+        bits = list(kernels.select_stream(lambda: flat.split(2999), prune))
+        keep = [kernels.unpack_bits(b, c.shape) for b, c in zip(bits, flat.split(2999), strict=True)]
+        np.testing.assert_array_equal(torch.cat(keep).numpy(), keep_oracle(flat, prune))
+
+
 def test_stream_holds_one_tensor_at_a_time(implementation: str) -> None:
     if implementation == "reference":
         pytest.skip("the reference concatenates, as its docstring says")

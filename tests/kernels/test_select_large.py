@@ -57,22 +57,32 @@ def test_counts_beyond_32_bits_by_merging(dtype: torch.dtype) -> None:
     assert (threshold.key, threshold.keep_equal) == (expected, each - 5)
 
 
-def test_difference_of_two_streams() -> None:
-    """Contrastive scores are made chunk by chunk, as select_stream asks for them."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_difference_of_two_streams(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The masks of the differences, as if they were there as a whole; fp64 runs on the reference."""
+    monkeypatch.setattr(kernels.select, "DIFFERENCE_CHUNK", 4096)
     generator = torch.Generator().manual_seed(3)
-    general = torch.randn(30_000, generator=generator).mul(8).round().split([5, 12_000, 17_995])
-    undesired = torch.randn(30_000, generator=generator).mul(8).round().split([5, 12_000, 17_995])
-    made: list[int] = []
+    shapes = ((5,), (3, 4000), (0,), (4096,), (13_899,))
 
-    def differences():
-        for wanted, unwanted in zip(general, undesired, strict=True):
-            made.append(wanted.numel())
-            yield wanted - unwanted
+    def stream() -> list[torch.Tensor]:  # not whole numbers: bf16 rounds their differences, which makes ties
+        return [torch.randn(shape, generator=generator).mul(8).to(dtype) for shape in shapes]
 
-    bits = list(kernels.select_stream(differences, 13_000))
-    assert made == [5, 12_000, 17_995] * 3  # two counting passes and the masks
-    keep = torch.cat([kernels.unpack_bits(b, g.shape) for b, g in zip(bits, general, strict=True)])
-    scores = (torch.cat(general) - torch.cat(undesired)).numpy()
-    expected = np.ones(30_000, dtype=bool)
-    expected[np.argsort(-scores, kind="stable")[30_000 - 13_000 :]] = False
-    np.testing.assert_array_equal(keep.numpy(), expected)
+    general, undesired = stream(), stream()
+    whole = torch.cat([(a - b).view(-1) for a, b in zip(general, undesired, strict=True)])
+    order = np.argsort(-whole.double().numpy(), kind="stable")
+    for prune in (0, 1, 13_000, len(whole)):
+        expected = np.ones(len(whole), dtype=bool)
+        expected[order[len(whole) - prune :]] = False
+        bits = list(kernels.select_difference(lambda: zip(general, undesired, strict=True), prune))
+        keep = [kernels.unpack_bits(b, g.shape).view(-1) for b, g in zip(bits, general, strict=True)]
+        np.testing.assert_array_equal(torch.cat(keep).numpy(), expected)
+
+
+def test_difference_of_unlike_or_infinite_pairs_is_an_error() -> None:
+    one = torch.ones(4)
+    for other in (torch.ones(5), torch.ones(4).half()):
+        with pytest.raises(ValueError, match=r"pair 1: .* are not alike"):
+            list(kernels.select_difference(lambda other=other: [(one, one), (one, other)], 1))
+    infinite = torch.tensor([1.0, float("inf"), 2.0, 3.0])
+    with pytest.raises(ValueError, match="1 of 4 scores are NaN"):
+        list(kernels.select_difference(lambda: [(infinite, infinite)], 1))
