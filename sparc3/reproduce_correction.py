@@ -58,7 +58,7 @@ def challenging(path: Path) -> list[str]:
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
-                row = json.loads(line) if line.strip() else {"challenging": False}
+                row: dict[str, Any] = json.loads(line) if line.strip() else {"challenging": False}
                 if row["challenging"]:
                     found.append(str(row["prompt"]["text"]))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -23,8 +23,22 @@ def markdown(experiment: str, config: dict[str, Any], results: Results) -> str:
         "toxicity": _correction,
         "repetition": _correction,
     }[experiment]
-    told = ("calibration", "judged", "length", "samples", "seeds", "dtype", "pattern", "sparsity", "task")
-    told += ("prompts", "scorer", "threshold", "tokens", "examples")
+    told = [
+        "calibration",
+        "judged",
+        "length",
+        "samples",
+        "seeds",
+        "dtype",
+        "pattern",
+        "sparsity",
+        "task",
+        "prompts",
+        "scorer",
+        "threshold",
+        "tokens",
+        "examples",
+    ]
     settings = ", ".join(f"{name} {config[name]}" for name in told if name in config)
     lines = [f"# {config['title']}\n", f"{config['source']}. Ours: {settings}.\n", *body(config, results)]
     lines += ["\nWhat the paper leaves open, and what is done here:\n"]
