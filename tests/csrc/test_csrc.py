@@ -45,7 +45,7 @@ def test_the_c_test_passes(build: Path) -> None:
 
 
 def test_hostile_input_under_sanitizers(tmp_path: Path) -> None:
-    """Corrupt weights, null pointers, wrong sizes and overlaps, no byte out of place; also by this ABI's first header."""
+    """Corrupt weights, null pointers, wrong sizes and overlaps, no byte out of place; by the first header too."""
     for tool in ("cmake", "ninja", "c++"):
         if not shutil.which(tool):
             pytest.skip(f"{tool} is not installed")
