@@ -241,7 +241,8 @@ def main(
     ablation: Annotated[list[str] | None, typer.Option(help="zero | patch | mean; not for rules")] = None,
     method: Annotated[list[str] | None, typer.Option(help="lrp | gradient ...; all if none")] = None,
     rule: Annotated[
-        list[str] | None, typer.Option(help="Of lrp, for agreement and tables; the reported or default if none")
+        list[str] | None,
+        typer.Option(help="Of lrp, for agreement and tables; the reported or default if none"),
     ] = None,
     side: Annotated[list[str] | None, typer.Option(help="ranking | judging, for agreement")] = None,
     examples: Annotated[int, typer.Option(help="On each side.")] = 32,
