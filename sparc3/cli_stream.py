@@ -23,7 +23,7 @@ from sparc3.evaluate import check_fits
 from sparc3.families import prunable
 from sparc3.job import Job, identity_of
 from sparc3.models import DTYPES, load_tokenizer, local_folder, usable_device
-from sparc3.passes import FORWARD, SWEEP, passes, reads_samples
+from sparc3.passes import reads_samples
 from sparc3.plan import Budget, Plan, plan
 from sparc3.ranks import started
 from sparc3.shape import shape_of
@@ -68,8 +68,6 @@ def prune_by_block(
         raise InputError(f"dtype {dtype!r} is not known; use {' | '.join(DTYPES)}")
     if offload_dir is not None and not offload_dir.is_dir():
         raise InputError(f"the folder {offload_dir} does not exist; make it first")
-    if console.processes() > 1 and {FORWARD, SWEEP} & {*passes(method, pattern, allocate, repair)}:
-        raise InputError("lrp and gradient run in several processes; start this without torchrun")
     reads_text = reads_samples(method, allocate, repair)
     console.begin()
     folder, note = local_folder(name, weights=not dry_run)

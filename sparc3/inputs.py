@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparc3.families import Prunable
+from sparc3.ranks import Ranks
 from sparc3.samples import Batch
 
 
@@ -40,15 +41,22 @@ def observe(
     weights: Mapping[str, Prunable],
     run: Callable[[int], torch.Tensor],
     gram: bool = False,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    total: int | None = None,
 ) -> tuple[dict[str, Inputs], list[torch.Tensor]]:
     """Run every batch and watch the inputs of ``weights``.
+
+    Each batch's sums are made by themselves and added in the order of batches, in whatever process they are made.
 
     Args:
         run: runs a batch by its number.
         gram: sum the second moments too.
+        ranks: the processes that share the batches in turns (Ranks.deal), of which ``samples`` are this one's.
+        total: how many batches all processes have; None: this is the only one.
 
     Returns:
-        (inputs by name, what ``run`` returned for each batch).
+        (inputs by name, of all processes' batches in the one that writes and none in the others; what ``run``
+        returned for each batch).
     """
     watcher = _Watcher(weights, gram)
     outputs = []
@@ -58,7 +66,12 @@ def observe(
             watcher.real = (torch.ones_like(batch["input_ids"]) if mask is None else mask).reshape(-1).bool()
             outputs.append(run(number))
             watcher.latest = None
-    return watcher.inputs(), outputs
+            if ranks.writes:
+                for sender in ranks.others_in_turn(number, len(samples) if total is None else total):
+                    ranks.add_from(sender, watcher.parts())
+            else:
+                ranks.give(watcher.parts())
+    return (watcher.inputs() if ranks.writes else {}), outputs
 
 
 class _Watcher:
@@ -71,6 +84,14 @@ class _Watcher:
         self.weights, self.gram = weights, gram
         self.sums: dict[str, Inputs] = {}
         self.shared: dict[str, str] = {}
+
+    def parts(self) -> Iterator[torch.Tensor]:
+        """Every sum, one weight's, or one expert's, at a time; in an order that is the same in all processes."""
+        for sums in self.sums.values():
+            yield sums.squares
+            yield sums.tokens
+            if sums.gram is not None:
+                yield from sums.gram.flatten(0, -3) if sums.gram.dim() > 2 else [sums.gram]
 
     def inputs(self) -> dict[str, Inputs]:
         return {name: self.sums[self.shared.get(name, name)] for name in self.weights}
@@ -113,7 +134,8 @@ class _Watcher:
             sums.squares.add_(x.square().sum(0))
             sums.tokens += len(x)
             if sums.gram is not None:
-                sums.gram.addmm_(x.T, x)
+                # Not addmm_, whose sum may differ from adding a product that another process made.
+                sums.gram += x.T @ x
 
         return hook
 
@@ -138,4 +160,4 @@ class _Watcher:
         sums.squares[expert] += x.square().sum(0)
         sums.tokens[expert] += len(x)
         if sums.gram is not None:
-            sums.gram[expert].addmm_(x.T, x)
+            sums.gram[expert] += x.T @ x

@@ -75,12 +75,12 @@ class Pieces:
         for number in range(len(stored)):
             yield stored[str(number)].read()
 
-    def forget_states(self, rank: int) -> None:
-        """Remove the states of all blocks that are done but the last of them; in the end that one too."""
-        done = [index for index in range(self.depth + 1) if self.is_done(index)]
-        last = (max if self.upwards else min)(done, default=None)
+    def forget_states(self, rank: int, over: bool = False) -> None:
+        """Remove the states of all blocks that are done but the last of them, and that too where the pass is over."""
+        done = [index for index in range(self.depth + 1) if over or self.is_done(index)]
+        last = None if over else (max if self.upwards else min)(done, default=None)
         for index in done:
-            if index != last or len(done) > self.depth:
+            if index != last:
                 self._state(index, rank).unlink(missing_ok=True)
 
     def _state(self, index: int, rank: int) -> Path:

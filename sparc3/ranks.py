@@ -5,6 +5,10 @@ to the next block, and so on; the last rank holds the sums of all batches, selec
 depend on their order, and this is the order in which one process adds: the masks are equal bit by bit, at the same
 number of threads. The ranks work at different blocks at the same time, so that N ranks over L blocks lose N - 1 turns
 in L.
+
+In a sweep, where a block must be pruned before the next one is run, the ranks take the batches in turns and stay at
+one block: each sends what a batch gives to the last rank, which adds that in the order of batches, selects, and sends
+the new weights to all.
 """
 
 from __future__ import annotations
@@ -48,6 +52,38 @@ class Ranks:
         """The number of this process's first batch, of ``count``."""
         return self.rank * count // self.size
 
+    def deal(self, batches: Sequence[T]) -> Sequence[T]:
+        """This process's batches where they are taken in turns; the one that writes comes first in each turn."""
+        if len(batches) < self.size:
+            raise InputError(
+                f"{self.size} processes share {len(batches)} batches; start fewer processes or give more samples"
+            )
+        return batches[(self.rank + 1) % self.size :: self.size]
+
+    def others_in_turn(self, turn: int, count: int) -> range:
+        """The processes that have a batch in a turn beside the one that writes, in the order of ``count`` batches."""
+        return range(min(self.size, count - turn * self.size) - 1)
+
+    def give(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Send tensors to the process that writes, and make them zero."""
+        for tensor in tensors:
+            distributed.send(tensor.contiguous(), self.size - 1)
+            tensor.zero_()
+
+    def add_from(self, rank: int, tensors: Iterable[torch.Tensor]) -> None:
+        """Add to tensors what a process gives."""
+        for tensor in tensors:
+            part = torch.empty_like(tensor)
+            distributed.recv(part, rank)
+            tensor += part
+
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The writer's values, in the tensor of every process."""
+        if self.size > 1:
+            tensor = tensor.contiguous()
+            distributed.broadcast(tensor, self.size - 1)
+        return tensor
+
     def receive(self, tensors: Iterable[torch.Tensor]) -> None:
         """Fill tensors with what the process before sent; rank 0 keeps its own."""
         if self.rank > 0:
@@ -59,6 +95,11 @@ class Ranks:
         if not self.writes:
             for tensor in tensors:
                 distributed.send(tensor, self.rank + 1)
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self.size > 1:
+            distributed.barrier()
 
     def told(self, value: Any) -> Any:
         """The writer's value, for every process; waits for it."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from sparc3.engine import Blocks
 from sparc3.families import Prunable, family_of
 from sparc3.inputs import Inputs, observe
+from sparc3.ranks import Ranks
 from sparc3.samples import Batch
 from sparc3.targets import next_tokens
 from sparc3.weights import WeightSource
@@ -66,6 +67,8 @@ def sweep(
     done: Done | None = None,
     start: int = 0,
     received: Sequence[torch.Tensor] = (),
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    prunes: bool = True,
 ) -> None:
     """Block by block: observe inputs, let ``visit`` give new values, and go on with the block's new outputs.
 
@@ -79,7 +82,12 @@ def sweep(
         home: where what blocks hand on is kept meanwhile; None: where it is.
         done: is told of each block that is done, its weights dense and still there.
         start, received: go on at this block with what it receives, [B, T, D] for each batch.
+        ranks: this process among those that share the samples; each calls this with all of them, and ``visit`` is
+            called in the one that writes. ``done`` is told of this process's batches (Ranks.deal).
+        prunes: whether ``visit`` gives new values, for the processes that wait for them.
     """
+    count = len(samples)
+    samples = ranks.deal(samples)
     with frozen(model):
         blocks = Blocks(model, source)
         with blocks.source.outside():
@@ -102,9 +110,16 @@ def sweep(
         def visit_all(
             some: Mapping[str, Prunable], run: Callable[[list[torch.Tensor], int], torch.Tensor]
         ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-            inputs, outputs = observe(samples, some, partial(run, hidden), gram)
-            values = {name: visit(name, inputs[name]) for name in some}
-            return {name: value for name, value in values.items() if value is not None}, outputs
+            inputs, outputs = observe(samples, some, partial(run, hidden), gram, ranks, count)
+            values = {}
+            for name, weight in some.items():
+                value = visit(name, inputs[name]) if ranks.writes else None
+                if prunes and ranks.size > 1:
+                    canonical = weight.canonical(weight.weight)
+                    value = ranks.copied(torch.empty_like(canonical) if value is None else value)
+                if value is not None:
+                    values[name] = value
+            return values, outputs
 
         depth = len(blocks.blocks)
         for index in blocks.source.visit(range(start, depth)):

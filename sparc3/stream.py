@@ -115,7 +115,7 @@ class _Pruning:
             take(index, dict(scores))
             scores.clear()
 
-        self.passes.sweep(pieces, visit, done)
+        self.passes.sweep(pieces, visit, done, prunes=False)
 
     def _score_without_samples(self, pieces: Pieces, take: Take) -> None:
         weights, seed = self.output.weights, self.job.settings.get("seed", 0)

@@ -68,7 +68,7 @@ class Passes:
         """Whether a pass came to its end; what it could go on from is removed then."""
         over = self.ranks.told(not pieces.left())
         if over:
-            pieces.forget_states(self.ranks.rank)
+            pieces.forget_states(self.ranks.rank, over=True)
         return over
 
     def backward(self, pieces: Pieces, rule: Rule, settings: Mapping[str, Any], take: Take) -> None:
@@ -101,21 +101,31 @@ class Passes:
             )
         self.is_over(pieces)
 
-    def sweep(self, pieces: Pieces, visit: Visitor, take: Callable[[int], None], gram: bool = False) -> None:
+    def sweep(
+        self,
+        pieces: Pieces,
+        visit: Visitor,
+        take: Callable[[int], None],
+        gram: bool = False,
+        prunes: bool = True,
+    ) -> None:
         """From the first block up; ``visit`` as in sparc3.schedules.sweep, then ``take`` for the whole block."""
         if self.is_over(pieces):
             return
-        model, batches = self.source.model, self.batches
-        last = pieces.last_done()
+        batches = self.ranks.deal(self.batches)
+        last = self.ranks.told(pieces.last_done())
 
         def done(index: int, outputs: list[torch.Tensor]) -> None:
             self.save_state(pieces, index, outputs, batches)
-            take(index)
+            # What the writer calls done, every one can resume from.
+            self.ranks.wait()
+            if self.ranks.writes:
+                take(index)
             pieces.forget_states(self.ranks.rank)
 
         sweep(
-            model,
-            batches,
+            self.source.model,
+            self.batches,
             self.weights,
             visit,
             gram=gram,
@@ -124,6 +134,8 @@ class Passes:
             done=done,
             start=0 if last is None else last + 1,
             received=() if last is None else list(pieces.load_state(last, self.ranks.rank)),
+            ranks=self.ranks,
+            prunes=prunes,
         )
         self.is_over(pieces)
 
