@@ -82,7 +82,8 @@ def _layer(name: str) -> str:
 
 def method_label(settings: Mapping[str, Any]) -> str:
     """A method in a table or a plot."""
-    return settings["method"] + (":set-difference" if settings.get("contrast") == "set-difference" else "")
+    contrast = settings.get("contrast")
+    return settings["method"] + (f":{contrast}" if contrast in ("set-difference", "absolute") else "")
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> None:

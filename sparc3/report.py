@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # One colour a method, the same in every plot; LRP stands out, the others recede.
 METHOD_COLOURS = {
     "lrp": "#d1495b",
+    "lrp (paper)": "#8f2d56",
     "gradient": "#edae49",
     "ria": "#00798c",
     "wanda": "#30638e",

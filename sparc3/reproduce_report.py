@@ -191,7 +191,7 @@ def plot(experiment: str, config: dict[str, Any], results: Results, path: Path) 
 
 
 def _colour(method: str) -> str:
-    return METHOD_COLOURS.get("gradient" if method == "lrp (paper)" else method, "#333333")
+    return METHOD_COLOURS.get(method, "#333333")
 
 
 def _draw_table1(axes: Any, config: dict[str, Any], results: Results, model: str, part: str) -> None:
@@ -268,10 +268,9 @@ def _draw_correction(axes: Any, config: dict[str, Any], results: Results, model:
             statistics.mean(point[what] for point in _removed(ours, count))
             for count in config["counts"][unit]
         ]
-        # The paper's LRP in the colour of ours.
-        own, style = ("lrp", "--") if method == "lrp (paper)" else (method, "-")
+        style = "--" if method == "lrp (paper)" else "-"
         counts = [0, *config["counts"][unit]]
-        axes.plot(counts, means, style, marker="o", markersize=3.5, color=_colour(own), label=method)
+        axes.plot(counts, means, style, marker="o", markersize=3.5, color=_colour(method), label=method)
     axes.set_xlabel(f"{unit}s removed")
     axes.set_ylabel("share of continuations that show it" if what == "shown" else what)
     axes.legend(frameon=False)

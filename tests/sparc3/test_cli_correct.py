@@ -40,7 +40,7 @@ def test_the_folder_holds_the_model_the_report_the_plot_and_the_page(room, asked
         "--points",
         2,
         "--compare",
-        "random,lrp:set-difference",
+        "random,lrp:set-difference,lrp:absolute",
         "--eval-text",
         "held.txt",
     ]
@@ -49,7 +49,7 @@ def test_the_folder_holds_the_model_the_report_the_plot_and_the_page(room, asked
     assert {"model.safetensors", "mask.safetensors", "report.json", "correction.png", "page.html"} <= names
     assert (room / "out/correction.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((room / "out/report.json").read_text())
-    assert [[point["count"] for point in result["sweep"]] for result in report["results"]] == [[1, 2]] * 3
+    assert [[point["count"] for point in result["sweep"]] for result in report["results"]] == [[1, 2]] * 4
     assert (report["before"]["shown"], report["after"]["shown"], report["after"]["count"]) == (1.0, 0.0, 2)
     assert report["prompts"] == {"run": 24, "explained": 12, "judged": 12, "tokens": 5}
     assert set(report["combined"]) == {"compressed", "compressed and corrected"}
@@ -63,6 +63,7 @@ def test_the_folder_holds_the_model_the_report_the_plot_and_the_page(room, asked
     for line in (
         "whole model",
         "lrp:set-difference *",
+        "lrp:absolute",
         "24 prompts run; explained on 12",
         "compressed and corrected",
     ):
