@@ -191,7 +191,11 @@ def _configuration(width: int, need_qk: bool, softcap: bool, shared: int) -> tup
     large = shared > 200_000  # sm_90
     block_d = block_width(width)
     if block_d <= 64:
-        block_m, block_n, warps, stages = (64, 128, 8, 2) if large and not softcap else (32, 128, 8, 2)
+        if softcap:
+            block_m = 16 if need_qk and not large else 32  # 32 spills beside the masks, in Triton 3.6
+        else:
+            block_m = 32 if need_qk and not large else 64
+        block_n, warps, stages = 128, 8, 2
     elif large and need_qk and width < block_d <= 128:
         block_m, block_n, warps, stages = 32, 64, 8, 2  # 96 channels with masks, in Triton 3.6
     elif block_d <= 128:
