@@ -124,11 +124,22 @@ def info(as_json: AsJson = False) -> None:
     features = [] if isinstance(native, str) else native["features"]
     table.add_row("instruction sets", ", ".join(features) or "-")
     table.add_row("GPUs", ", ".join(kernels["cuda_devices"]) or "none that torch sees")
+    table.add_row("CUDA library", _cuda_library(kernels["native"]["cuda"]))
     for name, state in kernels["backends"].items():
         table.add_row(f"backend {name}", state)
     for where, how in _packed_weights(kernels["backends"]).items():
         table.add_row(f"packed on {where}", how)
     console.show(table, _runs_on(kernels))
+
+
+def _cuda_library(native: dict[str, Any] | str) -> str:
+    """What the CUDA library needs to run; a string says why it cannot be used."""
+    if isinstance(native, str):
+        return native
+    if not native["built_with"]:
+        return "its build noted no CUDA version, so the driver that it needs is not known"
+    driver = native["least_driver"] or f"of CUDA {native['built_with']}"
+    return f"built with CUDA {native['built_with']}, needs NVIDIA driver {driver} or later"
 
 
 def _packed_weights(backends: dict[str, str]) -> dict[str, str]:

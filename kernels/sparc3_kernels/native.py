@@ -7,6 +7,7 @@ environment variable SPARC3_ISA=avx512bf16|avx512vbmi2|avx512|avx2|portable forc
 import ctypes
 import functools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
@@ -22,6 +23,9 @@ REDUCTIONS = {"abs": 0, "square": 1}
 OK, NAN, STATE, CHANGED, FORMAT, PATTERN = 0, 3, 4, 5, 8, 9
 HUGE_PAGE = 1 << 21  # bytes
 ISAS = ("portable", "avx2", "avx512", "avx512vbmi2", "avx512bf16")
+# Least driver by the major version of the CUDA toolkit, whatever its minor version: NVIDIA, CUDA Compatibility,
+# "Minor Version Compatibility", table 1.
+_LEAST_DRIVERS = {12: 525, 13: 580}
 
 
 class Threshold(ctypes.Structure):
@@ -270,7 +274,8 @@ def huge_empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 def info() -> dict[str, Any]:
     """Return version, instruction set and features of the CPU library and what the CUDA library sees.
 
-    A library that cannot be used is shown as the reason, a string.
+    A library that cannot be used is shown as the reason, a string. `built_with`, of the CUDA library: version of the
+    toolkit; `least_driver`: major version of the least driver that it needs; None where that is not known.
     """
     cpu, cuda = _load("sparc3"), _load("sparc3_cuda")
     report: dict[str, Any] = {"cpu": cpu, "cuda": cuda}
@@ -288,6 +293,8 @@ def info() -> dict[str, Any]:
             "version": cuda.sparc3_cuda_version().decode(),
             "devices": count.value,
             "reason": (reason.value or b"").decode(),
+            "built_with": (toolkit := _cuda_version()),
+            "least_driver": _LEAST_DRIVERS.get(int(toolkit.partition(".")[0])) if toolkit else None,
         }
     return report
 
@@ -305,6 +312,14 @@ def get_library_dir() -> str:
 def get_cmake_dir() -> str:
     """Return the folder of sparc3Config.cmake, for `find_package(sparc3 CONFIG PATHS ...)`."""
     return _installed("cmake")
+
+
+def _cuda_version() -> str | None:
+    """Return the version of the toolkit that the CUDA library was built with, as CMake noted it at the build."""
+    config = _NATIVE / "cmake" / "sparc3Config.cmake"
+    text = config.read_text(encoding="utf-8") if config.exists() else ""
+    found = re.search(r'^set\(sparc3_CUDA_VERSION "(\d[\d.]*)"\)$', text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _installed(folder: str) -> str:

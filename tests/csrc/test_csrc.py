@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from sparc3_kernels import native
 
 CSRC = Path(__file__).parents[2] / "csrc"
 CONSUMER = """
@@ -15,6 +16,9 @@ project(consumer C)
 find_package(sparc3 0.1 CONFIG REQUIRED)
 add_executable(consumer main.c)
 target_link_libraries(consumer PRIVATE sparc3::sparc3)
+if(NOT sparc3_CUDA_VERSION STREQUAL "")
+    message(FATAL_ERROR "built without CUDA, but it says ${sparc3_CUDA_VERSION}")
+endif()
 """
 MAIN = """
 #include <sparc3/sparc3.h>
@@ -90,3 +94,14 @@ def test_found_by_cmake_after_moving(build: Path, tmp_path: Path) -> None:
     run("cmake", "-S", tmp_path, "-B", tmp_path / "build", "-G", "Ninja", where)
     run("cmake", "--build", tmp_path / "build")
     run(tmp_path / "build" / "consumer")
+
+
+def test_the_build_notes_its_cuda_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tool in ("cmake", "ninja", "c++", "nvcc"):
+        if not shutil.which(tool):
+            pytest.skip(f"{tool} is not installed")
+    run("cmake", "-S", CSRC, "-B", tmp_path / "cmake", "-G", "Ninja", "-DSPARC3_CUDA=1", "-DSPARC3_TESTS=OFF")
+    monkeypatch.setattr(native, "_NATIVE", tmp_path)
+    release = re.search(r"V(\d+\.\d+\.\d+)", run("nvcc", "--version"))
+    assert release is not None
+    assert native._cuda_version() == release[1]

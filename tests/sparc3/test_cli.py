@@ -225,6 +225,27 @@ def test_info_says_how_packed_weights_run(monkeypatch, there, cpu, gpu):
     assert gpu in lines["GPUs"]
 
 
+@pytest.mark.parametrize(
+    ("version", "shown"),
+    [
+        ("12.4.99", "built with CUDA 12.4.99, needs NVIDIA driver 525 or later"),
+        ("13.0.88", "built with CUDA 13.0.88, needs NVIDIA driver 580 or later"),
+        ("14.1.2", "built with CUDA 14.1.2, needs NVIDIA driver of CUDA 14.1.2 or later"),
+        ("", "its build noted no CUDA version"),
+    ],
+)
+def test_info_names_the_least_driver(monkeypatch, tmp_path, version, shown):
+    native = sys.modules["sparc3_kernels.native"]
+    if reason := native.missing("sparc3_cuda"):
+        pytest.skip(reason)  # loaded before its folder is another
+    (tmp_path / "cmake").mkdir()
+    note = f'set(sparc3_CUDA_VERSION "{version}")\n'
+    (tmp_path / "cmake" / "sparc3Config.cmake").write_text(note)
+    monkeypatch.setattr(native, "_NATIVE", tmp_path)
+    lines = [" ".join(line.split()) for line in succeed("info").splitlines()]
+    assert any("CUDA library" in line and shown in line for line in lines)
+
+
 def test_info_says_why_it_runs_on_the_reference(monkeypatch):
     why = "no compiler was found at install time"
     monkeypatch.delenv("SPARC3_BACKEND", raising=False)
