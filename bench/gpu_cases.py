@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from gpu_case import Case, Implementation, Made, compiled, normal
+from gpu_decode_cases import decode_cases
 from gpu_row_cases import gated_mlp_cases, norm_cases
 from gpu_select_cases import select_cases
 from sparc3_kernels import accumulate_weight_relevance_
@@ -233,4 +234,5 @@ def cases() -> list[Case]:
         *gated_mlp_cases(),
         _lm_head(2048, 2304, 262144),
         *select_cases(),
+        *decode_cases(),
     ]

@@ -1,10 +1,14 @@
 """bench/gpu.py as far as it goes without a GPU: a case of each op and a whole model, checked, and the table."""
 
 import io
+from collections.abc import Callable
+from typing import Any
 
+import gpu
 import pytest
 import torch
 from gpu import dispatch_table, measure, table, whole_model
+from gpu_case import Case, Made
 from gpu_cases import cases
 from rich.console import Console
 from sparc3_kernels import backend
@@ -24,6 +28,9 @@ KINDS = (
     "LM head",
     "select: threshold",
     "select: half of each row",
+    "decode: bitmap 50% 4096x11008 batch 1",
+    "decode: bitmap 70% 8192x28672 batch 16",
+    "decode: 2:4 4096x11008 batch 4",
 )
 
 
@@ -45,6 +52,35 @@ def test_cases_agree_with_their_reference_and_fill_the_table() -> None:
     page = io.StringIO()
     Console(file=page, width=200).print(table(results, {"copy": 1e9, "product": 1e9}))
     assert all(case.name in page.getvalue() for case in chosen)
+
+
+def test_a_peer_that_no_graph_takes_is_named_and_copies_follow_the_bytes_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def in_graph(call: Callable[[int], Any], count: int) -> Callable[[int], Any]:
+        assert count == 5  # 400 bytes to pass over, 100 read
+        for index in range(count):
+            if not call(index):
+                raise RuntimeError("not permitted when stream is capturing")
+        return call
+
+    asked: list[torch.Tensor] = []
+
+    def peer(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Right when it is checked, empty when it is captured."""
+        asked.append(x)
+        return (x,) if len(asked) == 1 else ()
+
+    def make(device: torch.device, dry: bool) -> Made:
+        ours = {"sparc3": lambda x: (x,), "peer": peer}
+        return Made([torch.ones(100)], lambda x: (x,), ours, bytes=100, short=True)
+
+    monkeypatch.setattr(gpu, "_COLD_BYTES", 400)
+    monkeypatch.setattr(gpu, "in_graph", in_graph)
+    monkeypatch.setattr(gpu, "median_ms", lambda calls, dry, seconds: dict.fromkeys(calls, 10.0))
+    result = measure(Case("short", make), torch.device("cpu"), False, 0.0)
+    assert result["ms"] == {"sparc3": 2.0}  # of one of the five calls
+    assert result["skipped"] == {"peer": "RuntimeError: not permitted when stream is capturing"}
 
 
 def test_the_dispatch_follows_the_slowest_case_of_a_row() -> None:
