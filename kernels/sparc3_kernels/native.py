@@ -211,14 +211,15 @@ def _load(name: str) -> ctypes.CDLL | str:
     suffix = "dylib" if sys.platform == "darwin" else "so"
     path = _NATIVE / "lib" / f"lib{name}.{suffix}"
     if not path.exists():
-        return f"{path} was not built when the package was installed{_why()}"
+        return f"{path.name} was not built when the package was installed{_why()}"
     try:
         library = ctypes.CDLL(str(path))
         for function, (result, arguments) in _SIGNATURES[name].items():
             symbol = getattr(library, function)
             symbol.restype, symbol.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        return f"{path} cannot be loaded: {error}; reinstall the package"
+        # By its name alone: reports carry this text to other machines.
+        return f"{path.name} cannot be loaded: {str(error).replace(str(path), path.name)}; reinstall the package"
     if name == "sparc3" and (isa := os.environ.get("SPARC3_ISA")):
         if library.sparc3_force_isa(isa.encode()):
             return f"SPARC3_ISA={isa} is not on this machine or in this build ({', '.join(ISAS)})"
