@@ -219,7 +219,9 @@ def _load(name: str) -> ctypes.CDLL | str:
             symbol.restype, symbol.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         # By its name alone: reports carry this text to other machines.
-        return f"{path.name} cannot be loaded: {str(error).replace(str(path), path.name)}; reinstall the package"
+        return (
+            f"{path.name} cannot be loaded: {str(error).replace(str(path), path.name)}; reinstall the package"
+        )
     if name == "sparc3" and (isa := os.environ.get("SPARC3_ISA")):
         if library.sparc3_force_isa(isa.encode()):
             return f"SPARC3_ISA={isa} is not on this machine or in this build ({', '.join(ISAS)})"
