@@ -26,6 +26,7 @@ from sparc3.models import DTYPES, load_tokenizer, local_folder, usable_device
 from sparc3.passes import reads_samples
 from sparc3.plan import Budget, Plan, plan
 from sparc3.ranks import started
+from sparc3.scores import batches_on
 from sparc3.shape import shape_of
 from sparc3.sizes import parse_size, size
 from sparc3.speeds import estimate_seconds
@@ -144,6 +145,8 @@ def prune_by_block(
         update(total=way.visits)
         source = Streamed(model, checkpoint, where, way.prefetch, visited=lambda: update(advance=1))
         identity = identity_of(job, model, checkpoint, where, ranks.size)
+        if windows is not None:
+            ranks.check(len(batches_on(where, windows)))  # before a folder is made
         # One process writes; the others begin when it has made the folders.
         run = Unfinished(out, identity, resume, force, offload_dir) if ranks.writes else None
         complete = ranks.told(run.complete if run is not None else None)

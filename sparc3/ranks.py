@@ -40,12 +40,16 @@ class Ranks:
         """Whether this is the one that selects and writes: the last."""
         return self.rank == self.size - 1
 
+    def check(self, count: int) -> None:
+        """InputError where there are fewer batches than processes."""
+        if count < self.size:
+            raise InputError(
+                f"{self.size} processes share {count} batches; start fewer processes or give more samples"
+            )
+
     def share(self, batches: Sequence[T]) -> Sequence[T]:
         """This process's batches, in order; InputError where there are fewer than processes."""
-        if len(batches) < self.size:
-            raise InputError(
-                f"{self.size} processes share {len(batches)} batches; start fewer processes or give more samples"
-            )
+        self.check(len(batches))
         return batches[self.first(len(batches)) : (self.rank + 1) * len(batches) // self.size]
 
     def first(self, count: int) -> int:
@@ -54,10 +58,7 @@ class Ranks:
 
     def deal(self, batches: Sequence[T]) -> Sequence[T]:
         """This process's batches where they are taken in turns; the one that writes comes first in each turn."""
-        if len(batches) < self.size:
-            raise InputError(
-                f"{self.size} processes share {len(batches)} batches; start fewer processes or give more samples"
-            )
+        self.check(len(batches))
         return batches[(self.rank + 1) % self.size :: self.size]
 
     def others_in_turn(self, turn: int, count: int) -> range:
