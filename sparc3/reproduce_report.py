@@ -236,8 +236,10 @@ def _draw_kinds(axes: Any, config: dict[str, Any], results: Results, model: str,
         ):
             values = [100 * shares[share] for shares in row["kinds"].values()]
             axes.barh(list(row["kinds"]), values, color=shade, label=f"hold {float(share):.0%}")
+    axes.set_xlim(0, 100)
     axes.set_xlabel("% of the weights, largest first")
-    axes.legend(frameon=False)
+    # Bars may reach anywhere, so it stands below them.
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
 
 
 def _draw_ioi(axes: Any, config: dict[str, Any], results: Results, model: str, unit: str) -> None:
