@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from precision import assert_as_good_as_torch
 from sparc3_kernels.gated_mlp import (
     RATIO,
     activation_backward,
@@ -168,6 +169,49 @@ def test_low_precision_gated_product(fused, device, name, dtype, shape):
                 assert mine.dtype == dtype
                 assert mine.shape == gate.shape
                 assert ((mine.cpu().double() - exact).abs() <= bound).all()
+
+
+def by_autograd(x, dy, name, identity):
+    """(f(x), dx) as plain torch has it: the identity rule multiplies x by the constant f(x) / x."""
+    leaf = x.clone().requires_grad_()
+    y = FUNCTIONS[name](leaf)
+    y = leaf * (y / leaf).detach() if identity else y
+    return y.detach(), *torch.autograd.grad(y, leaf, dy)
+
+
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", RATIO)
+def test_16_bit_activation_is_as_good_as_torch(fused, device, name, dtype, identity):
+    x, dy = (4 * torch.randn(2, 2047, generator=torch.Generator().manual_seed(5))).to(dtype)
+    ours = activation_backward(dy.to(device), x.to(device), name, identity)
+    theirs, exact = (
+        by_autograd(x.to(device), dy.to(device), name, identity),
+        by_autograd(x.double(), dy.double(), name, identity),
+    )
+    assert_as_good_as_torch([ours], theirs[1:], exact[1:])
+
+
+# AttnLRP, whose halves of the product are one half of both gradients, and the gradient.
+@pytest.mark.parametrize(("identity", "scales"), [(True, (0.5, 0.5)), (False, (1.0, 1.0))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh"])
+def test_16_bit_gated_product_is_as_good_as_torch(fused, device, name, dtype, identity, scales):
+    tensors = (2 * torch.randn(3, 5, 401, generator=torch.Generator().manual_seed(6))).to(dtype)
+
+    def differentiated(dp, gate, up):
+        leaves = [x.clone().requires_grad_() for x in (gate, up)]
+        activated = FUNCTIONS[name](leaves[0])
+        product = activated * leaves[1]
+        explained = product
+        if identity:
+            explained = share(leaves[0] * (activated / leaves[0]).detach() * leaves[1], scales[0])
+        return product, *torch.autograd.grad(explained, leaves, dp)
+
+    dp, gate, up = tensors.to(device)
+    ours = gated_product(gate, up, name), *gated_product_backward(dp, gate, up, name, identity, *scales)
+    assert all(x.dtype == dtype for x in ours)
+    assert_as_good_as_torch(ours, differentiated(dp, gate, up), differentiated(*tensors.double()))
 
 
 def test_nothing_in_nothing_out(fused, device):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from precision import assert_as_good_as_torch
 from sparc3_kernels import lm_head
 from sparc3_kernels.lm_head import TARGETS, lm_head_target
 
@@ -16,8 +17,10 @@ def inputs(tokens, width, words, dtype, scale=1.0):
 
 
 def by_autograd(hidden, weight, labels, target, softcap):
-    leaf = hidden.double().requires_grad_()
-    z = leaf @ weight.double().T
+    """Of float64; of 16 bit, as models compute it: the logits' product in 16 bit, what follows in fp32."""
+    leaf = hidden.clone().requires_grad_()
+    z = leaf @ weight.T
+    z = z if z.dtype == torch.float64 else z.float()
     z = softcap * torch.tanh(z / softcap) if softcap else z
     value = z.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
     if target == "logit-mean":
@@ -36,7 +39,7 @@ def by_autograd(hidden, weight, labels, target, softcap):
 def test_value_and_gradient(fused, device, monkeypatch, target, softcap, tokens, words, chunk):
     monkeypatch.setattr(lm_head, "_CHUNK", chunk)
     hidden, weight, labels = inputs(tokens, 16, words, torch.float32)
-    expected = by_autograd(hidden, weight, labels, target, softcap)
+    expected = by_autograd(hidden.double(), weight.double(), labels, target, softcap)
     ours = lm_head_target(hidden.to(device), weight.to(device), labels.to(device), target, softcap)
     for mine, exact in zip(ours, expected, strict=True):
         # fp32 sums over words and channels, against the largest entry
@@ -52,12 +55,23 @@ def test_16_bit(fused, device, target, dtype):
         x.cpu() for x in lm_head_target(hidden.to(device), weight.to(device), labels.to(device), target)
     )
     assert gradient.dtype == dtype
-    exact_value, exact = by_autograd(hidden, weight, labels, target, 0.0)
+    exact_value, exact = by_autograd(hidden.double(), weight.double(), labels, target, 0.0)
     # Logits of up to 25 are rounded to dtype, and so are probabilities: relative 25 eps of a probability, and each of
     # the weights they multiply, of up to 4.
     eps = torch.finfo(dtype).eps
     assert (value.double() - exact_value).abs().max() <= 2 * 25 * eps
     assert (gradient.double() - exact).abs().max() <= 25 * 4 * eps
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target", TARGETS)
+def test_16_bit_is_as_good_as_torch(fused, device, target, dtype, softcap):
+    hidden, weight, labels = inputs(64, 32, 600, dtype)
+    there = [x.to(device) for x in (hidden, weight, labels)]
+    theirs = by_autograd(*there, target, softcap)
+    exact = by_autograd(hidden.double(), weight.double(), labels, target, softcap)
+    assert_as_good_as_torch(lm_head_target(*there, target, softcap), theirs, exact)
 
 
 def test_huge_logits_stay_finite(fused, device):

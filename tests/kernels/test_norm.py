@@ -7,6 +7,7 @@ rows with a mean far from zero (where LayerNorm's variance cancels).
 
 import pytest
 import torch
+from precision import assert_as_good_as_torch
 from sparc3_kernels.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 
 EPS = 1e-6
@@ -114,6 +115,48 @@ def test_low_precision_is_one_rounding_away(fused, device, dtype, scale, constan
     dx = layer_norm_backward(*on_device, EPS, share)
     assert dx.dtype == dtype
     close(dx.cpu(), autograd(layer, dy, x, weight.double(), constant), dtype, 10.0)
+
+
+def in_torch(x, weight, bias, offset, centred, constant):
+    """What a model's own module computes in 16 bit: F.layer_norm, F.rms_norm, or Gemma's with 1 + weight in fp32."""
+    if not constant:
+        if centred:
+            return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+        if not offset:
+            return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, EPS)
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    wide = wide - wide.mean(-1, keepdim=True) if centred else wide
+    scale = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    y = wide * (scale.detach() if constant else scale) * (offset + weight.to(wide.dtype))
+    return (y if bias is None else y + bias.to(wide.dtype)).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize(("centred", "offset"), [(False, 0.0), (False, 1.0), (True, 0.0)])
+def test_16_bit_is_as_good_as_torch(fused, device, centred, offset, constant, dtype):
+    dy, x, weight = inputs((17, 128), dtype)
+    bias = weight.flip(0) / 2 if centred else None
+
+    def differentiated(*tensors):
+        dy, x, weight, bias = tensors
+        leaf = x.clone().requires_grad_()
+        y = in_torch(leaf, weight, bias, offset, centred, constant)
+        return y, *torch.autograd.grad(y, leaf, dy)
+
+    there = [None if tensor is None else tensor.to(device) for tensor in (dy, x, weight, bias)]
+    theirs = differentiated(*there)
+    exact = differentiated(*(None if tensor is None else tensor.double() for tensor in (dy, x, weight, bias)))
+    dy, x, weight, bias = there
+    share = 0.0 if constant else 1.0
+    if centred:
+        y, _, scale = layer_norm(x, weight, bias, EPS)
+        dx = layer_norm_backward(dy, x, weight, EPS, share, scale)
+    else:
+        y, _, scale = rms_norm(x, weight, EPS, offset)
+        dx = rms_norm_backward(dy, x, weight, EPS, offset, share, scale)
+    assert y.dtype == dx.dtype == dtype
+    assert_as_good_as_torch((y, dx), theirs, exact)
 
 
 @pytest.mark.parametrize("constant", [True, False])

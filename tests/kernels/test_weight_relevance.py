@@ -4,6 +4,7 @@ import pytest
 import sparc3_kernels as kernels
 import torch
 from interpreter import DEVICE
+from precision import assert_as_good_as_torch
 from sparc3_kernels import native
 from sparc3_kernels.backend import forced
 from sparc3_kernels.weight_relevance import NATIVE_TOKENS
@@ -100,6 +101,25 @@ def test_packed_samples(fused: str, device: str, reduce: str, dtype: torch.dtype
     if device == "cuda" and fused == "triton":
         bound *= 2.0**11 if reduce == "token-square" else 8.0
     assert ((total.cpu().double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("reduce", kernels.REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_is_as_good_as_torch(implementation_or_triton: str, reduce: str, dtype: torch.dtype) -> None:
+    _, g, x = operands(3, 70, 40, 56, dtype)
+    device = DEVICE if implementation_or_triton == "triton" else "cpu"
+    g_there, x_there = g.to(device), x.to(device)
+    # What a user writes: each sample's gradient in the model's dtype, summed up in fp32.
+    theirs = torch.zeros(40, 56, device=device)
+    for g_s, x_s in zip(g_there, x_there, strict=True):
+        if reduce == "token-square":
+            theirs += g_s.square().T @ x_s.square()
+        else:
+            product = g_s.T @ x_s
+            theirs += {"signed": product, "abs": product.abs(), "square": product.square()}[reduce]
+    zeros = torch.zeros(40, 56)
+    ours = kernels.accumulate_weight_relevance_(zeros.to(device, copy=True), g_there, x_there, reduce)
+    assert_as_good_as_torch([ours], [theirs], [oracle(zeros, g, x, reduce)[0]])
 
 
 @pytest.mark.parametrize("reduce", ["abs", "square"])
