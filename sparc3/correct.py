@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,7 @@ from sparc3.mask import Mask, fingerprint
 from sparc3.rules import Rule
 from sparc3.scores import Scores, as_batches
 from sparc3.select import select
-from sparc3.spare import DEPTH, affordable
+from sparc3.spare import DEPTH, affordable, zeroed
 from sparc3.sweep import Measured, halvings, within_budget
 from sparc3.undesired import explained_batches, find_shown
 from sparc3.units import Components, ablated, components
@@ -303,29 +303,13 @@ class Correction:
         }
         return spared, len(accepted)
 
-    @contextmanager
-    def _without(self, removed: torch.Tensor) -> Iterator[None]:
+    def _without(self, removed: torch.Tensor) -> AbstractContextManager[None]:
         """The model without the weights or components of these indices into all scores; they come back after."""
-        if self._components is not None:
-            keep = torch.ones(self.total, dtype=torch.bool)
-            keep[removed] = False
-            with ablated(self._components, keep):
-                yield
-            return
-        zeroed = []
-        start = 0
-        for weight in self._chosen().values():
-            tensor = weight.canonical(weight.weight).detach()
-            own = removed[(removed >= start) & (removed < start + tensor.numel())] - start
-            start += tensor.numel()
-            at = torch.unravel_index(own, tensor.shape)
-            zeroed.append((tensor, at, tensor[at].clone()))
-            tensor[at] = 0
-        try:
-            yield
-        finally:
-            for tensor, at, values in zeroed:
-                tensor[at] = values
+        if self._components is None:
+            return zeroed(list(self._chosen().values()), removed)
+        keep = torch.ones(self.total, dtype=torch.bool)
+        keep[removed] = False
+        return ablated(self._components, keep)
 
     def mask(self, scores: Values, count: int) -> Mask:
         """The mask that removes the ``count`` lowest, over all prunable weights."""

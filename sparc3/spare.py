@@ -8,9 +8,12 @@ some k log2(N) runs do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+
+from sparc3.families import Prunable
 
 # Of the number asked for: how far down the order candidates are looked for, and the size of a first group.
 DEPTH, _FIRST = 4, 0.25
@@ -54,3 +57,27 @@ def affordable(
                 half = len(group) // 2
                 groups[:0] = [group[:half], group[half:]]
     return accepted
+
+
+@contextmanager
+def zeroed(weights: Sequence[Prunable], removed: torch.Tensor) -> Iterator[None]:
+    """Within the context some weights are zero; they come back after, bit for bit.
+
+    Args:
+        weights: numbered one after another, each in the order of its canonical form [..., out, in].
+        removed: [m] int64, which.
+    """
+    changed = []
+    start = 0
+    for weight in weights:
+        tensor = weight.canonical(weight.weight).detach()
+        own = removed[(removed >= start) & (removed < start + tensor.numel())] - start
+        start += tensor.numel()
+        at = torch.unravel_index(own, tensor.shape)
+        changed.append((tensor, at, tensor[at].clone()))
+        tensor[at] = 0
+    try:
+        yield
+    finally:
+        for tensor, at, values in changed:
+            tensor[at] = values
