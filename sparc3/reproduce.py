@@ -22,7 +22,7 @@ import yaml
 from sparc3.compress import Pruner, evaluate_pruned
 from sparc3.errors import InputError
 from sparc3.evaluate import check_fits, perplexity
-from sparc3.models import Loaded, load
+from sparc3.models import Loaded, check_there, load
 from sparc3.paper_text import calibration_windows, judging_windows
 from sparc3.report import as_json, versions
 from sparc3.reproduce_correction import behaviour_of, correction_rows
@@ -61,24 +61,26 @@ class Run:
             changes: settings of the scale to replace, None for none.
 
         Raises:
-            InputError: no such experiment, scale or setting, or the folder holds something else.
+            InputError: no such experiment, scale, setting or model, or the folder holds something else.
         """
         config = configuration(experiment, scale, **changes)
         run = cls(experiment, scale, config, Path(folder))
         report = run.folder / "report.json"
         if report.exists():
-            earlier = json.loads(report.read_text())
-            if earlier.get("identity") != run.identity:
+            identity, run.rows = _earlier(report)
+            if identity != run.identity:
                 raise InputError(
                     f"{folder} holds another experiment or other settings; give another --out, or remove it"
                 )
-            run.rows = {row["key"]: row for row in earlier["results"]}
         elif run.folder.exists() and any(run.folder.iterdir()):
             raise InputError(f"{folder} exists and holds no report of this experiment; give another --out")
         if not run.folder.parent.is_dir():
             raise InputError(f"the folder {run.folder.parent} does not exist; make it first")
         if config.get("tasks"):
             check_installed()
+        # The last of them is loaded when the others are measured, which may be hours later.
+        for name in config["models"]:
+            check_there(name)
         return run
 
     @property
@@ -124,6 +126,18 @@ class Run:
     @property
     def results(self) -> list[dict[str, Any]]:
         return list(self.rows.values())
+
+
+def _earlier(report: Path) -> tuple[str, dict[str, dict[str, Any]]]:
+    """(identity, rows by key) of a report.json; InputError where it is not one."""
+    try:
+        found = json.loads(report.read_text(encoding="utf-8"))
+        return found["identity"], {row["key"]: row for row in found["results"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{report} is not a report of sparc3 reproduce, or it is damaged ({error}); give another --out, or "
+            "remove it"
+        ) from error
 
 
 def configuration(experiment: str, scale: str, **changes: Any) -> dict[str, Any]:

@@ -221,12 +221,23 @@ def test_wrong_words_are_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(sparc3.reproduce, "load", lambda *arguments, **options: 1 / 0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for name, text in [("cut", '{"identity": "a", "res'), ("list", "[1]"), ("rows", '{"identity": "a"}')]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(text)
+    smoke = ("samples", "--scale", "smoke")
     for arguments, message in [
         (("table2",), "experiment 'table2' is not known; use table1 | "),
         (("ioi", "--scale", "tiny"), "scale 'tiny' is not known"),
         (("ioi", "--judged", "bundled"), "ioi has no setting judged"),
         (("samples", "--out", tmp_path / "mine"), "holds no report of this experiment"),
         (("samples", "--out", tmp_path / "no" / "where"), "does not exist; make it first"),
+        (
+            (*smoke, "--out", tmp_path / "cut"),
+            "report.json is not a report of sparc3 reproduce, or it is damaged",
+        ),
+        ((*smoke, "--out", tmp_path / "list"), "report.json is not a report of sparc3 reproduce"),
+        ((*smoke, "--out", tmp_path / "rows"), "report.json is not a report of sparc3 reproduce"),
+        ((*smoke, "--model", "tiny-llama", "--model", "./tiny-lama"), "./tiny-lama: no such folder here"),
     ]:
         out = () if "--out" in arguments else ("--out", tmp_path / "out")
         found = run("reproduce", *arguments, *out)
