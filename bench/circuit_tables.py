@@ -107,7 +107,8 @@ def _ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> 
 
 
 def _log_share(row: dict[str, Any]) -> float:
-    return math.log(row["sparsest"]["fraction"])
+    # The share that is kept, not the one that was asked for: of few heads these differ. At least one is counted.
+    return math.log(max(row["sparsest"]["kept"], 1) / row["curve"][-1]["kept"])
 
 
 def _share(rows: Sequence[dict[str, Any]]) -> float:

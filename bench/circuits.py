@@ -52,18 +52,15 @@ RULES = tuple(
     f"norm={norm},{mlp},attention={attention}"
     for norm, mlp, attention in product(("gradient", "constant"), _MLPS, ("gradient", "half", "value"))
 )
-# Gradient, the rule that agrees best with exact patching, and AttnLRP.
+# Gradient, the rule that agrees best with exact patching, AttnLRP, and activations' identity rule alone.
 LEADING = (
     RULES[0],
     "norm=constant,activation=gradient,gate=gradient,attention=gradient",
     "norm=constant,activation=identity,gate=half,attention=half",
-)
-# What is reported of judging examples: these, attention's half rule alone, and activations' identity rule alone.
-REPORTED = (
-    *LEADING,
-    "norm=gradient,activation=gradient,gate=gradient,attention=half",
     "norm=gradient,activation=identity,gate=gradient,attention=gradient",
 )
+# What is reported of judging examples: these, and attention's half rule alone.
+REPORTED = (*LEADING, "norm=gradient,activation=gradient,gate=gradient,attention=half")
 REDUCTIONS = ("signed", "abs", "square")
 TARGETS = ("difference", "logit", "logprob")
 
@@ -105,6 +102,7 @@ class Choice:
     Attributes:
         seeds: how many.
         rules: of LRP; "" is the default rule.
+        reductions: of samples, for the rules that are tried.
     """
 
     seeds: int
@@ -113,6 +111,7 @@ class Choice:
     methods: list[str]
     rules: list[str]
     sides: list[str]
+    reductions: list[str]
 
 
 class Study:
@@ -183,6 +182,8 @@ def run_rules(study: Study, choice: Choice) -> None:
         cases += [("difference", "signed", rule) for rule in _rules(unit)]
         cases += list(product(TARGETS, REDUCTIONS, LEADING)) if study.bundled else []
         for target, reduce, rule in cases:
+            if rule not in (choice.rules or (rule,)) or reduce not in (choice.reductions or (reduce,)):
+                continue
             key = {"seed": seed, "unit": unit, "rule": rule, "target": target, "reduce": reduce}
             key |= {"examples": study.examples}
             study.rows.measure(key, partial(_find, search, "lrp", rule=rule, target=target, reduce=reduce))
@@ -242,14 +243,15 @@ def main(
     method: Annotated[list[str] | None, typer.Option(help="lrp | gradient ...; all if none")] = None,
     rule: Annotated[
         list[str] | None,
-        typer.Option(help="Of lrp, for agreement and tables; the reported or default if none"),
+        typer.Option(help="Of lrp; the reported, all or the default if none"),
     ] = None,
     side: Annotated[list[str] | None, typer.Option(help="ranking | judging, for agreement")] = None,
+    reduce: Annotated[list[str] | None, typer.Option(help="signed | abs | square, for rules")] = None,
     examples: Annotated[int, typer.Option(help="On each side.")] = 32,
     seeds: int = 3,
 ) -> None:
     """Run a study, and write its rows and its tables to bench/results."""
-    choice = Choice(seeds, unit or [], ablation or [], method or [], rule or [], side or [])
+    choice = Choice(seeds, unit or [], ablation or [], method or [], rule or [], side or [], reduce or [])
     for name in model or MODELS:
         console.print(f"{study}, {name}:")
         STUDIES[study](Study(study, name, examples), choice)

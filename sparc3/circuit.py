@@ -45,8 +45,8 @@ from sparc3.units import UNITS, Components, ablated, components
 
 # Agrees best with exact patching of heads and MLPs (docs/circuits.md).
 DEFAULT_RULE = "gradient,norm=constant"
-# To zero a head changes what later norms divide by, which they must not take for constant.
-_ZEROED_HEADS = "gradient,activation=identity"
+# To zero a head or a neuron changes what later norms divide by, which they must not take for constant.
+_ZEROED = "gradient,activation=identity"
 # Wanda ranks within the rows of a weight, as it was published; the others over the whole model.
 _PATTERNS = {"wanda": "row"}
 
@@ -92,9 +92,9 @@ def default_settings(unit: str, ablation: str) -> dict[str, str]:
     if unit == "weight":
         return {"rule": DEFAULT_RULE, "reduce": "square"}
     if unit == "neuron" and ablation == "zero":
-        return {"rule": "attnlrp", "reduce": "square"}
+        return {"rule": _ZEROED, "reduce": "abs"}
     if unit in ("head", "kv-head") and ablation == "zero":
-        return {"rule": _ZEROED_HEADS, "reduce": "signed"}
+        return {"rule": _ZEROED, "reduce": "signed"}
     return {"rule": DEFAULT_RULE, "reduce": "signed"}
 
 
@@ -326,12 +326,8 @@ class Search:
     def _measure(self, chosen: Sequence[torch.Tensor | Mask]) -> torch.Tensor:
         """Logit differences [len(chosen), N]."""
         if self._components is None:
-            rows = [
-                masked_differences(self.model, mask, self._judging)
-                for mask in chosen
-                if isinstance(mask, Mask)
-            ]
-            return torch.stack(rows)
+            masks = [mask for mask in chosen if isinstance(mask, Mask)]
+            return masked_differences(self.model, masks, self._judging)
         keeps = [keep for keep in chosen if isinstance(keep, torch.Tensor)]
         return ablated_differences(self.model, self._components, self._judging, keeps, self._replace)
 

@@ -13,6 +13,7 @@ import sparc3
 from sparc3.circuit import Circuit, Search
 from sparc3.circuit_export import write_hook_scores, write_mib
 from sparc3.explain import relevance
+from sparc3.faithfulness import GOAL
 from sparc3.mask import Mask
 from sparc3.models import Loaded
 from sparc3.page import coloured_html, full_scale, image, page, paragraph, spell, table, write_page
@@ -133,18 +134,20 @@ def circuit_page(report: dict[str, Any], faithfulness: Path, heat: Path) -> str:
     """The page, from the report and the two plots."""
     name, task = Path(report["model"]["name"]).name, report["task"]
     chosen, unit = report["circuit"], report["unit"]
+    share, warning = chosen["kept"] / report["total"], blind(report)
     note = report["model"]["note"]
     sections = [
         (
             "The circuit",
             [
                 paragraph(
-                    f"{chosen['kept']} of {report['total']} {unit}s ({chosen['fraction']:.2%}), ranked by "
+                    f"{chosen['kept']} of {report['total']} {unit}s ({share:.2%}), ranked by "
                     f"{chosen['method']}, with the rest ablated ({report['ablation']}): accuracy "
                     f"{chosen['accuracy']:.3f}, faithfulness {chosen['faithfulness']:.3f}. The whole model: accuracy "
                     f"{report['full']['accuracy']:.3f}. With every {unit} ablated: "
                     f"{report['empty']['accuracy']:.3f}."
                 ),
+                *([paragraph(f"Note: {warning}.", "note")] if warning else []),
                 *([paragraph(f"Note: the model is {note}.", "note")] if note else []),
                 table(*_methods(report)),
                 image(faithfulness, "Faithfulness against the share kept, one line a method"),
@@ -164,12 +167,23 @@ def circuit_page(report: dict[str, Any], faithfulness: Path, heat: Path) -> str:
     return page(f"The circuit of {task['name']} in {name}", sections)
 
 
+def blind(report: dict[str, Any]) -> str:
+    """What to say where accuracy cannot tell a circuit from nothing; empty where it can."""
+    full, empty = (report[name]["accuracy"] for name in ("full", "empty"))
+    if empty < GOAL * full:
+        return ""
+    return (
+        f"with every {report['unit']} ablated the accuracy is still {empty:.3f} of {full:.3f}, so that it does not "
+        "show how sparse a circuit may be; go by the faithfulness"
+    )
+
+
 def _methods(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in sorted(report["results"], key=lambda row: row["sparsest"]["kept"]):
         point = row["sparsest"]
         numbers = [f"{point['accuracy']:.3f}", f"{row['cpr']:.3f}", f"{row['cmd']:.3f}"]
-        rows.append([row["method"], str(point["kept"]), f"{point['fraction']:.2%}", *numbers])
+        rows.append([row["method"], str(point["kept"]), f"{point['kept'] / report['total']:.2%}", *numbers])
     return ["method", "kept at 0.9 of the accuracy", "share", "accuracy", "CPR", "CMD"], rows
 
 

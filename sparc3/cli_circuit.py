@@ -89,7 +89,7 @@ def circuit(
         str | None,
         typer.Option(
             help="How lrp and the gradients reduce samples: signed | abs | square (weight: token-square too). "
-            "Default: square for weights and for neurons ablated by zero, else signed."
+            "Default: square for weights, abs for neurons ablated by zero, else signed."
         ),
     ] = None,
     keep: Annotated[
@@ -218,6 +218,9 @@ def _report(
 
 
 def _show(loaded: Loaded, report: dict[str, Any], out: Path) -> None:
+    from sparc3.circuit_page import blind
+
+    warning = blind(report)
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("method")
     for column in ("kept at 0.9", "share", "accuracy", "CPR", "CMD", "Pearson", "Spearman", "seconds"):
@@ -227,7 +230,7 @@ def _show(loaded: Loaded, report: dict[str, Any], out: Path) -> None:
         table.add_row(
             row["method"],
             str(point["kept"]),
-            f"{point['fraction']:.2%}",
+            f"{point['kept'] / report['total']:.2%}",
             f"{point['accuracy']:.3f}",
             f"{row['cpr']:.3f}",
             f"{row['cmd']:.3f}",
@@ -245,6 +248,7 @@ def _show(loaded: Loaded, report: dict[str, Any], out: Path) -> None:
         f"circuit of {chosen['method']}: {chosen['kept']} of {report['total']} {report['unit']}s, accuracy "
         f"{chosen['accuracy']:.3f}, faithfulness {chosen['faithfulness']:.3f}",
         *_named(chosen.get("components", [])),
+        *([f"Note: {warning}"] if warning else []),
         *console.notes(loaded),
         console.saved(out),
     )

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import sparc3
 from sparc3.circuit import Search
 from sparc3.circuit_export import hook_scores
+from sparc3.circuit_page import circuit_page
 from sparc3.cli import app
 from sparc3.page import image, page
 from sparc3.tasks import load_task, logit_difference, task_batches
@@ -67,6 +68,14 @@ def test_the_page_says_what_the_report_says(heads):
         (one["token"], one["relevance"]) for row in report["task"]["samples"] for one in row["tokens"]
     ]
     assert shown == expected
+
+
+@pytest.mark.parametrize(("empty", "said"), [(0.82, True), (0.8, False)])
+def test_the_page_says_where_accuracy_cannot_tell_a_circuit_from_nothing(heads, empty, said):
+    folder, report = heads
+    report = {**report, "full": {"accuracy": 0.9}, "empty": {"accuracy": empty}}
+    text = circuit_page(report, folder / "faithfulness.png", folder / "relevance.png")
+    assert (f"with every head ablated the accuracy is still {empty:.3f} of 0.900" in text) == said
 
 
 def test_samples_are_what_the_whole_model_and_the_circuit_answer(heads):

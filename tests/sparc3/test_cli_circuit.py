@@ -50,6 +50,10 @@ def test_the_folder_holds_the_report_the_plot_and_the_mask(room, asked):
     assert len(chosen["components"]) == chosen["kept"]
     assert all(re.fullmatch(r"m[01]\.n\d+", name) for name in chosen["components"])
     assert f"circuit of lrp: {chosen['kept']} of 96 neurons" in stdout
+    (row,) = (line.split() for line in stdout.splitlines() if line.startswith("lrp "))
+    assert row[1:3] == [str(chosen["kept"]), f"{chosen['kept'] / 96:.2%}"]
+    blind = report["empty"]["accuracy"] >= 0.9
+    assert ("Note: with every neuron ablated the accuracy is still" in stdout) == blind
     assert "ranked on 6 examples, judged on 6 others" in stdout
 
 
