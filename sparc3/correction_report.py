@@ -17,6 +17,8 @@ from sparc3.sweep import Measured
 
 # Perplexity may become a hundred times worse as well as 0.1 %: then the axis is logarithmic from the second on.
 _WIDE, _LINEAR_TO = 0.1, 0.01
+# Room of a number beside its point, in points of 1/72 inch: six digits of a font of 8.
+_LABEL = (36, 10)
 # On the page; report.json has all.
 _SAMPLES = 24
 
@@ -99,7 +101,10 @@ def _title(report: Mapping[str, Any]) -> str:
 
 
 def plot_correction(report: Mapping[str, Any], path: Any, image: str = "png") -> None:
-    """The share that shows the behaviour against perplexity, one line a method, one point a number removed."""
+    """The share that shows the behaviour against perplexity, one line a method, one point a number removed.
+
+    Where points lie too close for all their numbers, those of the saved one and of the larger ones are written.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
@@ -120,14 +125,6 @@ def plot_correction(report: Mapping[str, Any], path: Any, image: str = "png") ->
             color=METHOD_COLOURS.get(result["settings"]["method"]),
             label=name,
         )
-        for point in result["sweep"] if leading else []:
-            axes.annotate(
-                f"{point['count']:,}",
-                (point["increase"], point["shown"]),
-                xytext=(5, 5),
-                textcoords="offset points",
-                fontsize=8,
-            )
     chosen = report["after"]
     axes.plot(
         chosen["increase"],
@@ -152,6 +149,15 @@ def plot_correction(report: Mapping[str, Any], path: Any, image: str = "png") ->
     axes.set_title(_title(report), fontsize=11)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
+    # Where a point is on the page is known from the layout alone.
+    figure.draw_without_rendering()
+    placed: list[tuple[float, float]] = []
+    for point in (chosen, *reversed(report["results"][0]["sweep"])):
+        place = (point["increase"], point["shown"])
+        x, y = axes.transData.transform(place) * 72 / figure.dpi
+        if all(abs(x - across) > _LABEL[0] or abs(y - up) > _LABEL[1] for across, up in placed):
+            placed.append((x, y))
+            axes.annotate(f"{point['count']:,}", place, xytext=(5, 5), textcoords="offset points", fontsize=8)
     figure.savefig(path, dpi=150, format=image)
 
 

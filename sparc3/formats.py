@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -140,8 +140,8 @@ def _pattern(name: str, dense: torch.Tensor, mask: Mask | None, format: str) -> 
     """(N, M) of the mask, or else the sparsest that the weight has with N <= M / 2 and M = 4, 8 or 16, or (0, 0)."""
     if format not in ("nm", "auto"):
         return 0, 0
-    asked = str(mask.settings.get("pattern")) if mask is not None else ""
-    if ":" in asked:
+    asked = _asked_pattern(mask.settings) if mask is not None else ""
+    if asked:
         n, m = parse_pattern(asked)
         return (n, m) if m <= _LONGEST_GROUP or format == "nm" else (0, 0)
     found = []
@@ -159,6 +159,14 @@ def _pattern(name: str, dense: torch.Tensor, mask: Mask | None, format: str) -> 
             "the mask of another N:M, or use --format bitmap"
         )
     return 0, 0
+
+
+def _asked_pattern(settings: Mapping[str, Any]) -> str:
+    """The N:M that a mask was made for, or empty; what keeps no more than an N:M mask does is N:M too."""
+    if settings.get("combined") == "and":
+        return next(filter(None, map(_asked_pattern, settings["of"])), "")
+    pattern = str(settings.get("pattern"))
+    return pattern if ":" in pattern else ""
 
 
 def _bytes(linear: SparseLinear) -> int:

@@ -1,6 +1,8 @@
 """sparc3 correct: what it prints, writes and refuses."""
 
+import io
 import json
+import re
 import xml.dom.minidom
 
 import pytest
@@ -11,6 +13,7 @@ from test_correct import PROMPTS, shouting
 import sparc3
 from sparc3.cli_correct import _check_found
 from sparc3.correct import Found
+from sparc3.correction_report import plot_correction
 from sparc3.errors import InputError
 from sparc3.mask import Mask
 from sparc3.sweep import Measured
@@ -80,6 +83,27 @@ def test_the_folder_holds_the_model_the_report_the_plot_and_the_page(room, asked
     succeed("mask", "undo", "out", "out/mask.safetensors", "--base", "base", "--out", "restored")
     restored, base = (sparc3.load(name).model.state_dict() for name in ("./restored", "./base"))
     assert all(torch.equal(restored[name], tensor) for name, tensor in base.items())
+
+
+def test_numbers_of_points_that_lie_together_are_not_written_over_each_other():
+    counts = {0: 0.0, 1: 0.0001, 2: 0.0002, 40: 0.0201, 50: 0.0202, 60: 0.5}
+    before, *sweep = (
+        {"count": count, "shown": 1.0, "increase": increase} for count, increase in counts.items()
+    )
+    report = {
+        "model": {"name": "some/model", "note": ""},
+        "behaviour": {"name": "answers"},
+        "unit": "neuron",
+        "budget": 0.01,
+        "before": before,
+        "after": sweep[2],
+        "results": [{"settings": {"method": "lrp"}, "sweep": sweep}],
+    }
+    drawn = io.StringIO()
+    plot_correction(report, drawn, "svg")
+    # Matplotlib writes each text as a comment beside its outlines.
+    written = re.findall("<!-- ([0-9]+) -->", drawn.getvalue())
+    assert written == ["40", "60", "2"]
 
 
 def test_the_budget_chooses(room, asked):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from packed import magnitude, packed
+from sparc3_kernels.select import pack_bits
 from tiny import batch, build
 from transformers import AutoModelForCausalLM
 
@@ -12,7 +13,9 @@ from sparc3 import formats
 from sparc3.errors import InputError
 from sparc3.export import save_pretrained
 from sparc3.formats import pack_model, sparsify_, summary
+from sparc3.mask import Mask
 from sparc3.runtime import SparseLinear, pack_linear
+from sparc3.scores import attribute
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
@@ -222,6 +225,30 @@ def test_the_mask_of_8_of_16_is_found():
         weight.view(32, 3, 16)[..., 3:11] = 0
     _, choices = pack_model(model, None, "nm")
     assert choices[DOWN]["bytes"] == 4 * 32 * 24 + 32 * 12
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "3:4", "4:6"])
+def test_an_n_of_m_mask_and_a_correction_are_packed_as_n_of_m(pattern):
+    """3:4 and 4:6 are not looked for in the weights; the mask was made for them."""
+    model = build("llama")
+    compressed = attribute(model, [], "magnitude", include=[DOWN]).select(None, pattern)
+    random = torch.Generator().manual_seed(0)
+    correction = Mask(
+        {
+            name: pack_bits(torch.rand(shape, generator=random) > 0.01)
+            for name, shape in compressed.shapes.items()
+        },
+        compressed.shapes,
+        compressed.fingerprint,
+        {"unit": "neuron"},
+    )
+    both = correction.combine(compressed)
+    linears, choices = pack_model(model, both, "nm")
+    assert {choice["format"] for choice in choices.values()} == {"nm"}
+    (linear,) = linears.values()
+    assert torch.equal(linear.dense(), model.get_parameter(DOWN) * both.kept(DOWN))
+    with pytest.raises(InputError, match="not N:M"):
+        pack_model(model, correction.combine(compressed, "or"), "nm")
 
 
 def test_sparsify_in_memory_is_what_a_file_would_be(tmp_path):
