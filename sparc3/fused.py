@@ -6,6 +6,7 @@ padded), the model's own code runs, with the same rule on its backward.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -64,10 +65,13 @@ def _mask(
 ) -> torch.Tensor | None:
     """None where nothing is padded, bounds int32 [2, B] of what is not, or else sdpa's mask [B, 1, T, T].
 
-    transformers says with ``allow_is_causal_skip=False`` that a mask is more than causal and padded.
+    transformers says with ``allow_is_causal_skip=False`` that a mask is more than causal and padded; in a graph that
+    torch.compile traces it says so of every mask that might be packed. What is padded is not known there either.
     """
-    if allow_is_causal_skip:
-        if attention_mask is None or attention_mask.all():
+    if allow_is_causal_skip and attention_mask is None:
+        return None
+    if allow_is_causal_skip and not torch.compiler.is_compiling():
+        if attention_mask.all():
             return None
         real = attention_mask.int()
         begin, end = real.argmax(1), attention_mask.shape[1] - real.flip(1).argmax(1)
@@ -100,4 +104,12 @@ def _attention(
         )
         return out, None
     scaled = (autograd.scale_gradient(x, scale) for x, scale in zip((query, key, value), scales, strict=True))
+    if softcap:  # sdpa knows none
+        added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        return eager_attention(module)(module, *scaled, added, scaling=scaling, softcap=softcap, **kwargs)
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *scaled, mask, scaling=scaling, **kwargs)
+
+
+def eager_attention(module: nn.Module) -> Callable[..., Any]:
+    """Attention written out in plain torch, of the file that defines the module: it knows all that its model has."""
+    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]

@@ -8,7 +8,6 @@ rounding: on the CPU large fp32 linears, on a GPU norms, gated products and atte
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -249,7 +248,7 @@ def _register_attention(implementation: str) -> str:
         **kwargs: Any,
     ) -> Any:
         if implementation == "eager":
-            function = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+            function = fused_parts.eager_attention(module)
         else:
             function = ALL_ATTENTION_FUNCTIONS[implementation]
         # Set by sparc3.conservation: nowhere else are queries and keys as they enter the scores.

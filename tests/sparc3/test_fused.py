@@ -107,8 +107,9 @@ def test_logits_that_the_model_scales_are_left_to_the_model(monkeypatch):
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
-def test_a_mask_that_no_kernel_knows_takes_the_models_own_attention():
-    model, inputs = on_device("llama")
+@pytest.mark.parametrize("name", ["llama", "gemma2"])  # gemma2: which soft-caps there, too
+def test_a_mask_that_no_kernel_knows_takes_the_models_own_attention(name):
+    model, inputs = on_device(name)
     inputs["attention_mask"][0, 3] = 0  # a hole
     weights = prunable(model)
     results = []
