@@ -44,11 +44,16 @@ class Case:
 
 
 @functools.cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile, once for each function."""
-    return torch.compile(function)
+def compiled(function: Callable[..., Any], dry: bool) -> Callable[..., Any]:
+    """torch.compile, once for each function; a dry run traces alone and needs no compiler."""
+    return torch.compile(function, backend="eager" if dry else "inductor")
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether a case takes what a GPU has: bf16 and the libraries of CUDA."""
+    return device.type == "cuda"
 
 
 def normal(device: torch.device, *shape: int) -> torch.Tensor:
     """Normal numbers, bf16 on a GPU; fp32 on a CPU, whose Triton interpreter computes on the raw bits of bf16."""
-    return torch.randn(*shape, device=device).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return torch.randn(*shape, device=device).to(torch.bfloat16 if on_gpu(device) else torch.float32)

@@ -98,7 +98,7 @@ def _attention(
                 return softcap * torch.tanh(score / softcap)
 
             mask = create_block_mask(seen, None, None, length, length, device=device)
-            run = flex_attention if dry else compiled(flex_attention)
+            run = compiled(flex_attention, dry)
             return run(q, k, v, score_mod=capped if softcap else None, block_mask=mask, enable_gqa=True)
 
         def reference(q: Any, k: Any, v: Any, d_out: Any, out: Any, lse: Any) -> tuple[torch.Tensor, ...]:
@@ -124,7 +124,7 @@ def _attention(
             return tuple(whole if need_qk else whole[2:])
 
         area = length * length / 2 if not span else span * length - span * span / 2
-        kinds = ("MATH",) if dry else ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
+        kinds = ("MATH",) * dry + ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
         implementations = {"sparc3": ours}
         row = dispatch_row(width, softcap, span, need_qk)
         if not DISPATCH[row]:
@@ -159,12 +159,13 @@ def _weight_relevance(samples: int, length: int, n: int, k: int) -> Case:
         def ours(acc: Any, g: Any, x: Any, ones: Any) -> tuple[torch.Tensor, ...]:
             return (accumulate_weight_relevance_(acc.zero_(), g, x, "abs"),)
 
-        def by_hand(compiled: bool) -> Implementation:
-            def run(acc: Any, g: Any, x: Any, ones: Any) -> tuple[torch.Tensor, ...]:
-                (compiled(_loop_over_samples) if compiled else _loop_over_samples)(acc.zero_(), ones, g, x)
-                return (acc,)
+        def by_hand(acc: Any, g: Any, x: Any, ones: Any) -> tuple[torch.Tensor, ...]:
+            _loop_over_samples(acc.zero_(), ones, g, x)
+            return (acc,)
 
-            return run
+        def by_hand_compiled(acc: Any, g: Any, x: Any, ones: Any) -> tuple[torch.Tensor, ...]:
+            compiled(_loop_over_samples, dry)(acc.zero_(), ones, g, x)
+            return (acc,)
 
         def reference(acc: Any, g: Any, x: Any, ones: Any) -> tuple[torch.Tensor, ...]:
             total = torch.zeros_like(acc)
@@ -175,9 +176,7 @@ def _weight_relevance(samples: int, length: int, n: int, k: int) -> Case:
         def product(acc: Any, g: Any, x: Any, ones: Any) -> tuple[torch.Tensor, ...]:
             return (torch.mm(g.flatten(0, 1).T, x.flatten(0, 1)),)
 
-        peers = {"eager loop": by_hand(False)}
-        if not dry:
-            peers["torch.compile loop"] = by_hand(True)
+        peers = {"eager loop": by_hand, "torch.compile loop": by_hand_compiled}
         return Made(
             [acc, g, x, ones],
             reference,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from gpu_case import Case, Implementation, Made, normal
+from gpu_case import Case, Implementation, Made, normal, on_gpu
 from sparc3_kernels import backend
 from sparc3_kernels.bitmap import bitmap_linear, pack_bitmap
 from sparc3_kernels.bitmap_cuda import arrange_bitmap, arranged_bitmap_linear
@@ -62,17 +62,17 @@ def _bitmap(sparsity: float, rows: int, columns: int, batch: int) -> Case:
         weight *= torch.rand(r, c, device=device) >= sparsity
         neutral = pack_bitmap(weight)
 
-        def on_gpu(x: Any, weight: Any, *packed: Any) -> tuple[torch.Tensor, ...]:
+        def by_cuda(x: Any, weight: Any, *packed: Any) -> tuple[torch.Tensor, ...]:
             with backend("cuda"):
                 return (arranged_bitmap_linear(x, *packed, r, c),)
 
-        def on_cpu(x: Any, weight: Any, *packed: Any) -> tuple[torch.Tensor, ...]:
+        def by_cpu(x: Any, weight: Any, *packed: Any) -> tuple[torch.Tensor, ...]:
             with backend("cpu"):
                 return (bitmap_linear(x, *packed),)
 
-        if device.type == "cuda":
-            return _made(x, weight, neutral, arrange_bitmap(*neutral, c), on_gpu, {})
-        return _made(x, weight, neutral, neutral, on_cpu, {})
+        if on_gpu(device):
+            return _made(x, weight, neutral, arrange_bitmap(*neutral, c), by_cuda, {})
+        return _made(x, weight, neutral, neutral, by_cpu, {})
 
     return Case(f"decode: bitmap {sparsity:.0%} {rows}x{columns} batch {batch}", make)
 
@@ -102,18 +102,18 @@ def _two_of_four(rows: int, columns: int, batch: int) -> Case:
         weight *= (torch.rand(r, c // 4, 4, device=device).argsort(-1) < 2).view(r, c)
         neutral = pack_nm(weight, 2, 4)
 
-        def on_gpu(x: Any, weight: Any, *packed: Any) -> tuple[torch.Tensor, ...]:
+        def by_cuda(x: Any, weight: Any, *packed: Any) -> tuple[torch.Tensor, ...]:
             with backend("cuda"):
                 return (arranged_two_of_four_linear(x, *packed, r, c),)
 
-        def on_cpu(x: Any, weight: Any, *packed: Any) -> tuple[torch.Tensor, ...]:
+        def by_cpu(x: Any, weight: Any, *packed: Any) -> tuple[torch.Tensor, ...]:
             with backend("cpu"):
                 return (nm_linear(x, *packed, 2, 4),)
 
         peers = {"cuSPARSELt": _cusparselt()}
-        if device.type == "cuda":
-            return _made(x, weight, neutral, arrange_two_of_four(*neutral), on_gpu, peers)
-        return _made(x, weight, neutral, neutral, on_cpu, peers)
+        if on_gpu(device):
+            return _made(x, weight, neutral, arrange_two_of_four(*neutral), by_cuda, peers)
+        return _made(x, weight, neutral, neutral, by_cpu, peers)
 
     return Case(f"decode: 2:4 {rows}x{columns} batch {batch}", make)
 

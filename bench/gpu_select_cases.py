@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from gpu_case import Case, Implementation, Made
+from gpu_case import Case, Implementation, Made, on_gpu
 from sparc3_kernels import backend
 from sparc3_kernels.select import pack_bits, select_rows, select_rows_reference
 from sparc3_kernels.select_native import CpuSelector, CudaSelector
@@ -19,8 +19,8 @@ def _select_threshold(count: int) -> Case:
         scores = torch.randn(n, device=device).abs_().bfloat16()
 
         def ours(scores: Any) -> tuple[torch.Tensor, ...]:
-            on_gpu = scores.device.type == "cuda"
-            selector = CudaSelector(scores.dtype, scores.device) if on_gpu else CpuSelector(scores.dtype)
+            in_cuda = on_gpu(scores.device)
+            selector = CudaSelector(scores.dtype, scores.device) if in_cuda else CpuSelector(scores.dtype)
             selector.count(scores)
             selector.refine(prune)
             # The key of a non-negative score is its bits.
@@ -46,7 +46,7 @@ def _select_rows(rows: int, columns: int) -> Case:
         scores = torch.randn(r, c, device=device).abs_()
 
         def ours(scores: Any) -> tuple[torch.Tensor, ...]:
-            with backend("cuda" if scores.device.type == "cuda" else "cpu"):
+            with backend("cuda" if on_gpu(scores.device) else "cpu"):
                 return (select_rows(scores, prune),)
 
         def scattered(lowest: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -55,7 +55,7 @@ def _select_rows(rows: int, columns: int) -> Case:
         peers: dict[str, Implementation] = {
             "torch.kthvalue": lambda scores: (pack_bits(scores > scores.kthvalue(prune, 1, True).values),),
             "torch.topk": lambda scores: scattered(scores.topk(prune, 1, False, False).indices),
-            "torch.sort": lambda scores: scattered(scores.sort(1, stable=True).indices[:, :prune]),
+            "torch.sort": lambda scores: scattered(scores.sort(dim=1, stable=True).indices[:, :prune]),
         }
         reference: Implementation = lambda scores: (select_rows_reference(scores, prune),)  # noqa: E731
         return Made([scores], reference, {"sparc3": ours} | peers, bytes=4 * r * c + r * c // 8)

@@ -70,7 +70,7 @@ def _mask(
     """
     if allow_is_causal_skip and attention_mask is None:
         return None
-    if allow_is_causal_skip and not torch.compiler.is_compiling():
+    if allow_is_causal_skip and attention_mask is not None and not torch.compiler.is_compiling():
         if attention_mask.all():
             return None
         real = attention_mask.int()

@@ -1,15 +1,25 @@
-"""bench/gpu.py as far as it goes without a GPU: a case of each op and a whole model, checked, and the table."""
+"""bench/gpu.py without a GPU: every case and peer, checked, the timing, the tables, the file, the nine minutes.
+
+Cases take tiny shapes. `fake_gpu.pretend` stands for torch.cuda, the emulation of our kernels for our CUDA library.
+"""
 
 import io
+import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gpu
+import gpu_model
 import pytest
 import torch
+from emulated_cuda import emulate
+from fake_gpu import pretend
 from gpu import dispatch_table, measure, table, whole_model
 from gpu_case import Case, Made
 from gpu_cases import cases
+from gpu_timing import in_graph, median_ms
 from rich.console import Console
 from sparc3_kernels import backend
 from sparc3_kernels.backend import unavailable
@@ -52,6 +62,145 @@ def test_cases_agree_with_their_reference_and_fill_the_table() -> None:
     page = io.StringIO()
     Console(file=page, width=200).print(table(results, {"copy": 1e9, "product": 1e9}))
     assert all(case.name in page.getvalue() for case in chosen)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_a_case_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    if torch.cuda.is_available() or unavailable("triton"):
+        pytest.skip("Triton's interpreter stands for a GPU")
+    emulate(monkeypatch)
+    pretend(monkeypatch)
+    monkeypatch.setattr(sys.modules["sparc3_kernels.backend"], "unavailable", lambda name: None)
+    monkeypatch.setattr(gpu, "_COLD_BYTES", 1)
+    device = torch.device("cpu")
+    with backend("triton"):
+        result = measure(Case(case.name, lambda _, dry: case.make(device, True)), device, False, 0.0)
+    # All that was built was timed but what is named: for want of a package, or of a kernel of torch's for a CPU.
+    assert result["ms"].keys() >= {"sparc3"}
+    absent = {"ModuleNotFoundError", "NotImplementedError", "RuntimeError"}
+    assert {reason.split(":")[0] for reason in result["skipped"].values()} <= absent, result["skipped"]
+    assert not {"eager", "torch.compile", "cuSPARSELt", "torch.sort"} & result["skipped"].keys()
+    page = io.StringIO()
+    Console(file=page, width=200).print(table([result], {"copy": 1e9, "product": 1e9}))
+    assert case.name in page.getvalue()
+
+
+def test_a_time_is_the_median_of_calls_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = pretend(monkeypatch)
+    asked: dict[str, list[int]] = {"one": [], "other": []}
+
+    def call(name: str) -> Callable[[int], None]:
+        def run(index: int) -> None:
+            asked[name].append(index)
+            # Two milliseconds of the other, and of one 0, 10, 20, ... in its first calls; a record takes one more.
+            clock.now += 0.002 if name == "other" else 0.010 * index
+
+        return run
+
+    # A round of both takes 6 ms and 0, 10, 20, 30 ms of one: the fourth begins at 48 of 50 ms, and no fifth.
+    times = median_ms({name: call(name) for name in asked}, False, 0.050)
+    assert asked == {name: [0, 1, 2, 0, 1, 2, 3] for name in asked}
+    assert times == pytest.approx({"one": 16.0, "other": 3.0})
+
+
+def test_a_graph_takes_what_its_calls_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = pretend(monkeypatch)
+    asked: list[int] = []
+
+    def call(index: int) -> None:
+        asked.append(index)
+        clock.now += 0.004
+
+    replay = in_graph(call, 3)
+    assert asked == [0, 1, 2, 0, 1, 2]  # compiled, then captured
+    assert median_ms({"graph": replay}, False, 0.0) == pytest.approx({"graph": 3 * 4.0 + 1.0})
+    assert len(asked) == 6
+
+
+@pytest.mark.parametrize("way", ["plain backward", "sparc3"])
+def test_a_whole_model_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    built = gpu_model.built
+    pretend(monkeypatch)
+    monkeypatch.setattr(gpu_model, "built", lambda dry: built(True))
+    result = gpu_model.measure(way, False)
+    assert result["peak_bytes"] == 3 << 30
+    assert result["ms"] == pytest.approx(1.0)
+    assert result.get("error", 0.0) <= 1e-4
+
+
+def small(name: str, run: Callable[..., Any] = lambda x: (x,)) -> Case:
+    """A case that takes no time but that of `run`."""
+    return Case(name, lambda device, dry: Made([torch.ones(4)], lambda x: (x,), {"sparc3": run}, bytes=16))
+
+
+def test_what_begins_too_late_is_skipped_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, page = pretend(monkeypatch), io.StringIO()
+
+    def slow(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        clock.now += 55.0
+        return (x,)
+
+    # A check, three calls to warm up and one that is timed: 275 s a case. 225 s are left for the second, none after.
+    chosen = [small(f"case {number}", slow) for number in range(3)] + [small("a quick case")]
+    results = gpu.run(chosen, torch.device("cpu"), False, 0.0, Console(file=page, width=200))
+    assert [bool(result["ms"]) for result in results] == [True, True, False, False]
+    assert results[2]["skipped"] == {"all": "no time left: -50 s of 500"}
+    assert "no time left for a quick case" in page.getvalue()
+    Console(file=page, width=200).print(table(results, {"copy": 1e9, "product": 1e9}))
+    assert "no time left: -50 s of 500" in page.getvalue()
+    assert "all gradients" in str(dispatch_table(results).columns[0]._cells)
+
+
+def test_nine_minutes_hold_all_but_the_case_that_is_running() -> None:
+    ways = len(gpu_model.WAYS) * gpu._MODEL_SECONDS
+    assert ways < gpu._SECONDS / 2
+    assert gpu._SECONDS + gpu._CASE_SECONDS < 9 * 60
+
+
+def test_the_file_and_the_tables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    if reason := unavailable("triton"):
+        pytest.skip(reason)
+    pretend(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    whole = {
+        "case": gpu._WHOLE_MODEL,
+        "bytes": 0,
+        "flops": 1,
+        "skipped": {"lxt": "not installed"},
+        "errors": {},
+    }
+    whole |= {"ms": {"sparc3": 2.0, "plain backward": 4.0}, "peak_bytes": {"sparc3": 1 << 30}}
+    monkeypatch.setattr(gpu, "whole_model", lambda dry: whole)
+    monkeypatch.setattr(gpu, "ceilings", lambda device, dry: {"copy": 1e9, "product": 1e9})
+    monkeypatch.setattr(gpu, "cases", lambda: [small("a case")])
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "gpu.py"))
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    (tmp_path / "results").mkdir()
+    gpu.main()
+    (written,) = (tmp_path / "results").iterdir()
+    assert written.name.endswith("-a-gpu.json")
+    document = json.loads(written.read_text())
+    assert document["device"] == "a-gpu"
+    assert document["ceilings"] == {"copy": 1e9, "product": 1e9}
+    assert document["versions"].keys() >= {"torch", "triton", "transformers", "liger-kernel", "lxt", "commit"}
+    assert document["versions"]["torch"] == torch.__version__
+    assert document["cases"][0] == whole
+    assert document["cases"][1]["ms"] == pytest.approx({"sparc3": 1.0})
+    printed = capsys.readouterr().out
+    assert printed.index("dispatch of attention") < printed.index("peer / ours")
+    rows = [[part.strip() for part in line.split("│")[2:-1]] for line in printed.splitlines()]
+    # The whole model: 4 ms over 2 ms, of which one flop takes nothing, and the peak of 1 GiB.
+    assert ["plain backward", "4.000", "2.00", "", ""] in rows
+    assert ["sparc3", "2.000", "", "0%", "1.0"] in rows
+
+
+def test_no_gpu_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="torch sees no CUDA device"):
+        gpu.main()
 
 
 def test_a_peer_that_no_graph_takes_is_named_and_copies_follow_the_bytes_read(
