@@ -1,5 +1,5 @@
 // The bitmap format; the header describes it.
-#include "packed.h"
+#include "packed_linear.h"
 
 namespace sparc3 {
 namespace {
@@ -32,18 +32,30 @@ bool pack_row(const T *weight, size_t columns, uint8_t *bits, T *values, size_t 
     return kept == count;
 }
 
-// Row r as the kernels want it, or nothing where bits, offsets and values disagree.
-PackedRow row_of(const sparc3_bitmap &w, size_t r) {
+const char *values_of(const sparc3_bitmap &w, size_t r) {
+    return static_cast<const char *>(w.values) + static_cast<size_t>(w.offsets[r]) * size_of(w.dtype);
+}
+
+// Row r with as many values as its offsets say, or nothing where they make no sense.
+PackedRow claimed_row(const sparc3_bitmap &w, size_t r) {
     const int64_t begin = w.offsets[r], end = w.offsets[r + 1];
     if (begin < 0 || end < begin || static_cast<uint64_t>(end) > w.count) return {};
+    if (static_cast<uint64_t>(end - begin) > w.columns) return {};
     const uint8_t *mask = w.bits + r * row_bytes(w.columns);
-    if (packed_kernels().count(mask, words_of(w.columns)) != static_cast<uint64_t>(end - begin)) return {};
     if (w.columns % kWord) {
         uint32_t last;
         memcpy(&last, mask + row_bytes(w.columns) - 4, sizeof last);
         if (last >> w.columns % kWord) return {};
     }
-    return {mask, static_cast<const char *>(w.values) + static_cast<size_t>(begin) * size_of(w.dtype)};
+    return {mask, values_of(w, r), values_of(w, r + 1)};
+}
+
+// Row r, or nothing where bits, offsets and values disagree.
+PackedRow row_of(const sparc3_bitmap &w, size_t r) {
+    const PackedRow row = claimed_row(w, r);
+    if (!row.values) return {};
+    const size_t kept = packed_kernels().count(row.mask, words_of(w.columns));
+    return kept * size_of(w.dtype) == row.size() ? row : PackedRow{};
 }
 
 bool may_overread(const sparc3_bitmap &w, size_t r) {
@@ -150,7 +162,8 @@ int sparc3_bitmap_linear(const sparc3_bitmap *weight, const void *x, size_t batc
     int status = check_arguments(weight);
     if (status || !weight->rows || !batch) return status;
     sparc3_bitmap w = *weight;
-    status = check_linear(w.dtype, w.rows, w.columns, x, batch, bias, y, threads, workspace, workspace_size);
+    const LinearCall call{w.dtype, w.rows, w.columns, x, batch, bias, y, threads, workspace, workspace_size};
+    status = check_linear(call);
     if (status) return status;
     const size_t size = size_of(w.dtype), out = batch * w.rows * size;
     if (overlap(y, out, w.values, w.count * size) || overlap(y, out, w.bits, w.rows * row_bytes(w.columns)) ||
@@ -158,12 +171,12 @@ int sparc3_bitmap_linear(const sparc3_bitmap *weight, const void *x, size_t batc
         return SPARC3_ERROR_OVERLAP;
     const char none = 0;
     if (!w.values) w.values = &none;
-    return multiply(w.dtype, w.rows, w.columns, x, batch, bias, y, threads, workspace,
-                    [&](size_t r, const Scratch &scratch) {
-                        PackedRow row = row_of(w, r);
-                        if (row.values && !may_overread(w, r))
-                            row.values = memcpy(scratch.values, row.values,
-                                                static_cast<size_t>(w.offsets[r + 1] - w.offsets[r]) * size);
-                        return row;
-                    });
+    const auto row = [&](size_t r, Scratch &scratch) {
+        const PackedRow claimed = claimed_row(w, r);
+        return claimed.values && !may_overread(w, r) ? scratch.hold(claimed) : claimed;
+    };
+    return multiply(call, row, [&](size_t r) {
+        __builtin_prefetch(w.bits + r * row_bytes(w.columns));
+        return unchecked(w.values, w.offsets[r], size);
+    });
 }

@@ -1,5 +1,5 @@
 // The CSR format; the header describes it.
-#include "packed.h"
+#include "packed_linear.h"
 
 namespace sparc3 {
 namespace {
@@ -29,6 +29,36 @@ bool clear_of(const void *out, size_t size, const sparc3_csr &w) {
     return !overlap(out, size, w.values, w.count * size_of(w.dtype)) &&
            !overlap(out, size, w.indices, w.count * index_size(w.columns)) &&
            !overlap(out, size, w.offsets, (w.rows + 1) * sizeof *w.offsets);
+}
+
+// What is left of a row, for products of panels.
+struct Rest {
+    const char *indices = nullptr, *values = nullptr;
+    size_t count = 0;
+};
+
+// With more kept weights than one in so many, several vectors are multiplied with panels of expanded rows: expanding a
+// kept weight takes a fifth of multiplying it with vectors that lie where its index says.
+constexpr size_t kPanelsFrom = 8;
+
+int multiply_expanded(const LinearCall &call, const sparc3_csr &w) {
+    const size_t size = size_of(w.dtype), index = index_size(w.columns);
+    const auto row = [&](size_t r, Scratch &) -> Rest {
+        if (!inside(w, r)) return {};
+        const size_t begin = static_cast<size_t>(w.offsets[r]);
+        return {static_cast<const char *>(w.indices) + begin * index,
+                static_cast<const char *>(w.values) + begin * size, static_cast<size_t>(w.offsets[r + 1]) - begin};
+    };
+    const auto expand = [&](Rest &rest, size_t begin, size_t columns, char *out) {
+        const size_t done = packed_kernels().scatter(w.dtype, is_wide(w.columns), rest.indices, rest.values,
+                                                     rest.count, begin, columns, out);
+        rest.indices += done * index;
+        rest.values += done * size;
+        rest.count -= done;
+        // Columns that do not ascend are met by no block.
+        return begin + columns < w.columns || !rest.count;
+    };
+    return multiply_panels(call, row, expand, [&](size_t r) { return unchecked(w.values, w.offsets[r], size); });
 }
 
 }  // namespace
@@ -110,12 +140,14 @@ int sparc3_csr_linear(const sparc3_csr *weight, const void *x, size_t batch, con
     int status = check_arguments(weight);
     if (status || !weight->rows || !batch) return status;
     const sparc3_csr &w = *weight;
-    status = check_linear(w.dtype, w.rows, w.columns, x, batch, bias, y, threads, workspace, workspace_size);
+    const LinearCall call{w.dtype, w.rows, w.columns, x, batch, bias, y, threads, workspace, workspace_size};
+    status = check_linear(call);
     if (status) return status;
     if (!clear_of(y, batch * w.rows * size_of(w.dtype), w)) return SPARC3_ERROR_OVERLAP;
+    if (batch > 1 && w.count * kPanelsFrom > w.rows * w.columns) return multiply_expanded(call, w);
 
     const PackedKernels &isa = packed_kernels();
-    float *prepared = reinterpret_cast<float *>(aligned(reinterpret_cast<uintptr_t>(workspace)));
+    float *prepared = reinterpret_cast<float *>(call.memory());
     const bool one = batch == 1, wide = is_wide(w.columns);
     const size_t lanes = one ? 1 : kLanes16, strips = (batch + lanes - 1) / lanes, strip = (w.columns + 1) * lanes;
     // Column by column, the vectors of a strip side by side; a column of zeros last.
@@ -137,14 +169,13 @@ int sparc3_csr_linear(const sparc3_csr *weight, const void *x, size_t batch, con
             const size_t begin = static_cast<size_t>(w.offsets[r]), count = static_cast<size_t>(w.offsets[r + 1]) - begin;
             const char *indices = static_cast<const char *>(w.indices) + begin * index_size(w.columns);
             const char *values = static_cast<const char *>(w.values) + begin * size_of(w.dtype);
-            const float shift = bias ? read(w.dtype, bias, r) : 0;
             for (size_t s = 0; s < strips; ++s) {
                 float sums[kLanes16];
                 const auto product = one ? isa.gather : isa.gather_lanes;
                 if (!product(w.dtype, wide, indices, values, count, prepared + s * strip, w.columns, sums))
                     return sound.store(false, std::memory_order_relaxed);
                 for (size_t l = 0; l < lanes && s * lanes + l < batch; ++l)
-                    write(w.dtype, bias ? sums[l] + shift : sums[l], y, (s * lanes + l) * w.rows + r);
+                    call.finish(r, s * lanes + l, sums[l]);
             }
         }
     });

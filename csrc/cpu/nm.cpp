@@ -1,5 +1,5 @@
 // The N:M format; the header describes it.
-#include "packed.h"
+#include "packed_linear.h"
 
 namespace sparc3 {
 namespace {
@@ -186,7 +186,8 @@ int sparc3_nm_linear(const sparc3_nm *weight, const void *x, size_t batch, const
     int status = check_arguments(weight);
     if (status || !weight->rows || !batch) return status;
     sparc3_nm w = *weight;
-    status = check_linear(w.dtype, w.rows, w.columns, x, batch, bias, y, threads, workspace, workspace_size);
+    const LinearCall call{w.dtype, w.rows, w.columns, x, batch, bias, y, threads, workspace, workspace_size};
+    status = check_linear(call);
     if (status) return status;
     const Shape shape(w.columns, w.n, w.m);
     const size_t size = size_of(w.dtype), out = batch * w.rows * size;
@@ -195,14 +196,11 @@ int sparc3_nm_linear(const sparc3_nm *weight, const void *x, size_t batch, const
         return SPARC3_ERROR_OVERLAP;
     const uint8_t none = 0;
     if (!w.columns) w.values = w.indices = &none;
-    return multiply(w.dtype, w.rows, w.columns, x, batch, bias, y, threads, workspace,
-                    [&](size_t r, const Scratch &scratch) -> PackedRow {
-                        if (!masks(shape, w.indices + r * shape.index_bytes, w.columns, scratch.mask) ||
-                            packed_kernels().count(scratch.mask, words_of(w.columns)) != shape.kept)
-                            return {};
-                        const char *values = static_cast<const char *>(w.values) + r * shape.kept * size;
-                        if ((w.rows - r - 1) * shape.kept * size < kOverread)
-                            return {scratch.mask, memcpy(scratch.values, values, shape.kept * size)};
-                        return {scratch.mask, values};
-                    });
+    const auto values_of = [&](size_t r) { return static_cast<const char *>(w.values) + r * shape.kept * size; };
+    const auto row = [&](size_t r, Scratch &scratch) -> PackedRow {
+        if (!masks(shape, w.indices + r * shape.index_bytes, w.columns, scratch.mask)) return {};
+        const PackedRow claimed{scratch.mask, values_of(r), values_of(r + 1)};
+        return (w.rows - r - 1) * shape.kept * size < kOverread ? scratch.hold(claimed) : claimed;
+    };
+    return multiply(call, row, values_of);
 }

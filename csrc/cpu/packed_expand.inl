@@ -15,6 +15,7 @@ constexpr int kWide = 4;
 constexpr int kBlockVectors = 32 / kWide;
 typedef float Floats __attribute__((vector_size(4 * kWide)));
 typedef float LooseFloats __attribute__((vector_size(4 * kWide), aligned(4), may_alias));
+typedef float LooseFloat __attribute__((may_alias));
 
 inline Floats load_floats(const float *p) { return *(const LooseFloats *)p; }
 inline void store_floats(float *p, Floats a) { *(LooseFloats *)p = a; }
@@ -35,14 +36,39 @@ inline int bits_in(uint32_t mask) { return __builtin_popcount(mask); }
 struct Block {
     Floats v[kBlockVectors];
 };
+#if defined(__AVX512F__)
+// Eight fp32 units: half of a vector.
+struct FewFloats {
+    typedef float Accumulator __attribute__((vector_size(32)));
+    typedef float Loose __attribute__((vector_size(32), aligned(4), may_alias));
+    static constexpr int kWidth = 8;
+    static Accumulator load_units(const char *x) { return *(const Loose *)x; }
+    static Accumulator repeat(const char *unit) { return Accumulator{} + *(const LooseFloat *)unit; }
+    static Accumulator multiply_add(Accumulator sum, Accumulator w, Accumulator x) { return sum + w * x; }
+};
+#endif
 struct FloatFormat {
     using X = float;
     using Accumulator = Floats;
+#if defined(__AVX512F__)
+    using Few = FewFloats;
+#else
+    using Few = FloatFormat;
+#endif
+    static constexpr int kWidth = kWide;  // units a vector
     static constexpr int kVectors = kBlockVectors, kStep = kWide;  // vectors a block, elements a vector
     static Floats load(const float *x) { return load_floats(x); }
     static void store(float *x, Floats a) { store_floats(x, a); }
+    static Floats load_units(const char *x) { return load_floats((const float *)x); }
+    static Floats repeat(const char *unit) { return Floats{} + *(const LooseFloat *)unit; }
     static Floats multiply_add(Floats sum, Floats w, Floats x) { return sum + w * x; }
     static float sum(Floats a) { return sum_of(a); }
+    // Where column i of a block of whole words is prepared, and as what.
+    static size_t place(size_t i) { return i; }
+    template <class T>
+    static float convert(T x) {
+        return to_float(x);
+    }
     template <class T>
     static void prepare(const T *x, size_t columns, float *out) {
         for (size_t i = 0; i < columns; ++i) out[i] = to_float(x[i]);
@@ -187,18 +213,38 @@ struct Format : FloatFormat {
 struct WordBlock {
     __m512i v[1];
 };
+inline int32_t pair_at(const char *unit) {
+    int32_t pair;
+    memcpy(&pair, unit, sizeof pair);
+    return pair;
+}
+struct FewPairs {
+    using Accumulator = __m256;
+    static constexpr int kWidth = 8;
+    static __m256i load_units(const char *x) { return _mm256_loadu_si256((const __m256i *)x); }
+    static __m256i repeat(const char *unit) { return _mm256_set1_epi32(pair_at(unit)); }
+    static __m256 multiply_add(__m256 sum, __m256i w, __m256i x) {
+        return _mm256_dpbf16_ps(sum, (__m256bh)w, (__m256bh)x);
+    }
+};
 template <>
 struct Format<BFloat16> {
     using X = BFloat16;
     using Accumulator = __m512;
+    using Few = FewPairs;
+    static constexpr int kWidth = 16;
     static constexpr int kVectors = 1, kStep = 32;
     static __m512i load(const BFloat16 *x) { return _mm512_loadu_si512(x); }
     static void store(BFloat16 *x, __m512i a) { _mm512_storeu_si512(x, a); }
+    static __m512i load_units(const char *x) { return _mm512_loadu_si512(x); }
+    static __m512i repeat(const char *unit) { return _mm512_set1_epi32(pair_at(unit)); }
     static __m512 multiply_add(__m512 sum, __m512i w, __m512i x) {
         return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
     }
     static float sum(__m512 a) { return _mm512_reduce_add_ps(a); }
     static WordBlock expand(const BFloat16 *v, uint32_t mask) { return {{expand_words(v, mask)}}; }
+    static size_t place(size_t i) { return i; }
+    static BFloat16 convert(BFloat16 x) { return x; }
     static void prepare(const BFloat16 *x, size_t columns, BFloat16 *out) { memcpy(out, x, 2 * columns); }
 };
 
@@ -212,8 +258,9 @@ struct Format<BFloat16> : FloatFormat {
         return {{(Floats)_mm512_slli_epi32(words, 16),
                  (Floats)_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000))}};
     }
+    static size_t place(size_t i) { return i / 32 * 32 + i % 2 * 16 + i % 32 / 2; }
     static void prepare(const BFloat16 *x, size_t columns, float *out) {
-        for (size_t i = 0; i < columns; ++i) out[i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = to_float(x[i]);
+        for (size_t i = 0; i < columns; ++i) out[place(i)] = to_float(x[i]);
     }
 };
 

@@ -9,9 +9,13 @@ namespace sparc3 {
 
 constexpr size_t kWord = 32;      // weights under one word of mask bits
 constexpr size_t kOverread = 64;  // bytes that a kernel may read after the last value of a row
-constexpr int kFusedBatch = 4;    // up to here a row is expanded in registers, beyond it into a tile of rows
-constexpr int kTileRows = 4;
-constexpr int kLanes16 = 16;      // vectors of a batch that a CSR row is multiplied with at a time
+constexpr int kFusedBatch = 4;    // up to here a row is expanded in registers, beyond it into a panel of rows
+constexpr int kLanes16 = 16, kLanes8 = 8;  // vectors of a batch that are multiplied side by side: many, few
+
+// A panel is a block of columns of some rows, expanded to prepared elements: small enough for the level-1 cache. A unit
+// is 4 bytes of it, one fp32 or a pair of bf16. Rows lie an odd number of cache lines apart, so as not to share sets.
+constexpr size_t kBlockUnits = 192, kPanelStride = 4 * kBlockUnits + 64;
+constexpr int kMostPanelRows = 16;
 
 constexpr size_t words_of(size_t columns) { return (columns + kWord - 1) / kWord; }
 
@@ -25,11 +29,19 @@ struct PackedKernels {
     void (*dot)(int dtype, const uint8_t *mask, size_t words, const void *values, const void *x, size_t stride,
                 int batch, float *y);
 
-    // A row as a prepared vector, and y[r][b] = rows[r] . x[b] for kTileRows rows and batch <= tile_batch vectors, all
-    // `stride` elements apart.
-    int tile_batch;
-    void (*expand)(int dtype, const uint8_t *mask, size_t words, const void *values, void *dense);
-    void (*tile)(int dtype, const void *rows, const void *x, size_t stride, int batch, float *y);
+    // A block of a row as a prepared vector; returns the values after it, or null where they would go beyond `end`.
+    const void *(*expand)(int dtype, const uint8_t *mask, size_t words, const void *values, const void *end,
+                          void *dense);
+    // The same for `columns` columns from `begin` on, of a CSR row whose next kept values are these; returns how many
+    // of them lie there, up to the first one that does not.
+    size_t (*scatter)(int dtype, bool wide, const void *indices, const void *values, size_t count, size_t begin,
+                      size_t columns, void *dense);
+    // sums[r][lane] += panel[r] . x[lane] for panel_rows rows, kPanelStride bytes apart, and kLanes16 or (few) kLanes8
+    // prepared vectors, interleaved unit by unit: x[unit][lane]. Meanwhile fetches what lies at ahead[r]: the next
+    // panel comes from memory, and waiting for it would take as long as the product.
+    int panel_rows;
+    void (*tile)(int dtype, bool few, const void *panel, const void *x, size_t units, const char *const *ahead,
+                 float *sums);
 
     // A row as it was before packing.
     void (*unpack)(int dtype, const uint8_t *mask, size_t columns, const void *values, void *out);

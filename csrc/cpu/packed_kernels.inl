@@ -38,8 +38,27 @@ void prepare(int dtype, const void *x, size_t columns, void *prepared) {
     });
 }
 
+// Four words of mask bits, where the values of each but the first start, and how many there are in all. All of them
+// before any expansion: the counts are the only chain from step to step.
+struct Starts {
+    uint32_t bits[4];
+    int second, third, fourth, all;
+
+    explicit Starts(const uint8_t *mask) {
+        uint64_t low, high;
+        memcpy(&low, mask, 8);
+        memcpy(&high, mask + 8, 8);
+        bits[0] = (uint32_t)low, bits[1] = (uint32_t)(low >> 32);
+        bits[2] = (uint32_t)high, bits[3] = (uint32_t)(high >> 32);
+        second = bits_in(bits[0]), third = __builtin_popcountll(low);
+        fourth = third + bits_in(bits[2]), all = third + __builtin_popcountll(high);
+    }
+};
+
 // Values stream from memory once: they are fetched a page ahead, which hides most of its latency.
 constexpr size_t kAhead = 4096;
+// Of a panel of CSR rows: about a block, so that it arrives while the other rows are expanded and multiplied.
+constexpr size_t kAheadOfIndices = 1024;
 
 template <class T, int batch>
 void dot_row(const uint8_t *mask, size_t words, const T *v, const typename Format<T>::X *x, size_t stride, float *y) {
@@ -57,15 +76,10 @@ void dot_row(const uint8_t *mask, size_t words, const T *v, const typename Forma
     for (; word + 4 <= words; word += 4, x += 128) {
         for (size_t line = 0; line < 128 * sizeof(T); line += 64)
             __builtin_prefetch((const char *)v + kAhead + line);
-        // All four starts before any expansion: the counts are the only chain from step to step.
-        uint64_t low, high;
-        memcpy(&low, mask + 4 * word, 8);
-        memcpy(&high, mask + 4 * word + 8, 8);
-        const int first = bits_in((uint32_t)low), second = __builtin_popcountll(low);
-        const int third = second + bits_in((uint32_t)high), all = second + __builtin_popcountll(high);
-        const auto a = F::expand(v, (uint32_t)low), b = F::expand(v + first, (uint32_t)(low >> 32));
-        const auto c = F::expand(v + second, (uint32_t)high), d = F::expand(v + third, (uint32_t)(high >> 32));
-        v += all;
+        const Starts at(mask + 4 * word);
+        const auto a = F::expand(v, at.bits[0]), b = F::expand(v + at.second, at.bits[1]);
+        const auto c = F::expand(v + at.third, at.bits[2]), d = F::expand(v + at.fourth, at.bits[3]);
+        v += at.all;
         add(a, 0, x);
         add(b, 1, x + 32);
         add(c, 2, x + 64);
@@ -97,58 +111,117 @@ void dot(int dtype, const uint8_t *mask, size_t words, const void *values, const
     });
 }
 
-void expand(int dtype, const uint8_t *mask, size_t words, const void *values, void *dense) {
+template <class T>
+const T *expand_row(const uint8_t *mask, size_t words, const T *v, const T *end, typename Format<T>::X *out) {
+    using F = Format<T>;
+    const auto keep = [&](const auto &block) {
+        for (int i = 0; i < F::kVectors; ++i, out += F::kStep) F::store(out, block.v[i]);
+    };
+    size_t word = 0;
+    for (; word + 4 <= words; word += 4) {
+        const Starts at(mask + 4 * word);
+        if (at.all > end - v) return nullptr;
+        const auto a = F::expand(v, at.bits[0]), b = F::expand(v + at.second, at.bits[1]);
+        const auto c = F::expand(v + at.third, at.bits[2]), d = F::expand(v + at.fourth, at.bits[3]);
+        v += at.all;
+        keep(a);
+        keep(b);
+        keep(c);
+        keep(d);
+    }
+    for (; word < words; ++word) {
+        const uint32_t bits = word_at(mask, word);
+        if (bits_in(bits) > end - v) return nullptr;
+        keep(F::expand(v, bits));
+        v += bits_in(bits);
+    }
+    return v;
+}
+
+const void *expand(int dtype, const uint8_t *mask, size_t words, const void *values, const void *end, void *dense) {
+    const void *rest = nullptr;
     typed_float(dtype, [&](auto type) {
         using T = decltype(type);
-        using F = Format<T>;
-        const auto *v = (const T *)values;
-        auto *out = (typename F::X *)dense;
-        for (size_t word = 0; word < words; ++word) {
-            const uint32_t bits = word_at(mask, word);
-            __builtin_prefetch((const char *)v + kAhead);
-            const auto block = F::expand(v, bits);
-            for (int i = 0; i < F::kVectors; ++i, out += F::kStep) F::store(out, block.v[i]);
-            v += bits_in(bits);
-        }
+        rest = expand_row(mask, words, (const T *)values, (const T *)end, (typename Format<T>::X *)dense);
     });
+    return rest;
 }
 
-// kTileRows x batch sums, a vector of each row and of each x fill the registers.
+template <class T, class Index>
+size_t scatter_row(const Index *indices, const T *values, size_t count, size_t begin, size_t columns, void *dense) {
+    using F = Format<T>;
+    auto *out = (typename F::X *)dense;
+    memset(out, 0, sparc3::words_of(columns) * sparc3::kWord * sizeof(typename F::X));
+    size_t i = 0;
 #if defined(__AVX512F__)
-constexpr int kTileBatch = 6;
-#else
-constexpr int kTileBatch = 2;
+    const __m512i first = _mm512_set1_epi32((int)begin), many = _mm512_set1_epi32((int)columns);
+    for (; i + 16 <= count; i += 16) {
+        __builtin_prefetch((const char *)(indices + i) + kAheadOfIndices);
+        __m512i at;
+        if constexpr (sizeof(Index) == 2)
+            at = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(indices + i)));
+        else
+            at = _mm512_loadu_si512(indices + i);
+        if (_mm512_cmplt_epu32_mask(_mm512_sub_epi32(at, first), many) != 0xffff) break;
+#pragma GCC unroll 16
+        for (size_t j = i; j < i + 16; ++j) out[F::place(indices[j] - begin)] = F::convert(values[j]);
+    }
 #endif
+    for (; i < count && indices[i] - begin < columns; ++i) out[F::place(indices[i] - begin)] = F::convert(values[i]);
+    return i;
+}
 
-template <class F, int batch>
-void tile_of(const typename F::X *rows, const typename F::X *x, size_t stride, float *y) {
-    typename F::Accumulator sum[sparc3::kTileRows][batch] = {};
-    for (size_t i = 0; i < stride; i += F::kStep) {
-        decltype(F::load(x)) w[sparc3::kTileRows];
-        for (int r = 0; r < sparc3::kTileRows; ++r) w[r] = F::load(rows + (size_t)r * stride + i);
-        for (int b = 0; b < batch; ++b) {
-            const auto vector = F::load(x + (size_t)b * stride + i);
-            for (int r = 0; r < sparc3::kTileRows; ++r) sum[r][b] = F::multiply_add(sum[r][b], w[r], vector);
+size_t scatter(int dtype, bool wide, const void *indices, const void *values, size_t count, size_t begin,
+               size_t columns, void *dense) {
+    size_t done = 0;
+    typed_float(dtype, [&](auto type) {
+        const auto *v = (const decltype(type) *)values;
+        done = wide ? scatter_row((const uint32_t *)indices, v, count, begin, columns, dense)
+                    : scatter_row((const uint16_t *)indices, v, count, begin, columns, dense);
+    });
+    return done;
+}
+
+// Sums of so many rows and kLanes16 vectors, a unit of each vector and one of a row fill the registers.
+#if defined(__AVX512F__)
+constexpr int kPanelRows = 16;
+#elif defined(__AVX2__)
+constexpr int kPanelRows = 6;
+#else
+constexpr int kPanelRows = 2;
+#endif
+static_assert(kPanelRows <= sparc3::kMostPanelRows);
+
+template <class F, int lanes>
+void tile_of(const char *panel, const char *x, size_t units, const char *const *ahead, float *sums) {
+    constexpr int kParts = lanes / F::kWidth;
+    typename F::Accumulator sum[kPanelRows][kParts];
+    memcpy(sum, sums, sizeof sum);
+    const char *const end = panel + 4 * units;
+    const size_t lines = (units + kPanelRows - 1) / kPanelRows;  // fetched ahead of each row, one at each unit
+    for (; panel < end; ++ahead) {
+        const char *line = *ahead, *const last = panel + 4 * lines < end ? panel + 4 * lines : end;
+        for (; panel < last; panel += 4, x += 4 * lanes, line += 64) {
+            __builtin_prefetch(line);
+            decltype(F::repeat(x)) vectors[kParts];
+#pragma GCC unroll 4
+            for (int p = 0; p < kParts; ++p) vectors[p] = F::load_units(x + 4 * F::kWidth * p);
+#pragma GCC unroll 16
+            for (int r = 0; r < kPanelRows; ++r) {
+                const auto w = F::repeat(panel + (size_t)r * sparc3::kPanelStride);
+#pragma GCC unroll 4
+                for (int p = 0; p < kParts; ++p) sum[r][p] = F::multiply_add(sum[r][p], w, vectors[p]);
+            }
         }
     }
-    for (int r = 0; r < sparc3::kTileRows; ++r)
-        for (int b = 0; b < batch; ++b) y[r * batch + b] = F::sum(sum[r][b]);
+    memcpy(sums, sum, sizeof sum);
 }
 
-void tile(int dtype, const void *rows, const void *x, size_t stride, int batch, float *y) {
+void tile(int dtype, bool few, const void *panel, const void *x, size_t units, const char *const *ahead, float *sums) {
     typed_float(dtype, [&](auto type) {
         using F = Format<decltype(type)>;
-        const auto *w = (const typename F::X *)rows, *vectors = (const typename F::X *)x;
-        switch (batch) {
-            case 1: return tile_of<F, 1>(w, vectors, stride, y);
-            case 2: return tile_of<F, 2>(w, vectors, stride, y);
-#if defined(__AVX512F__)
-            case 3: return tile_of<F, 3>(w, vectors, stride, y);
-            case 4: return tile_of<F, 4>(w, vectors, stride, y);
-            case 5: return tile_of<F, 5>(w, vectors, stride, y);
-            case 6: return tile_of<F, 6>(w, vectors, stride, y);
-#endif
-        }
+        const auto product = few ? tile_of<typename F::Few, sparc3::kLanes8> : tile_of<F, sparc3::kLanes16>;
+        product((const char *)panel, (const char *)x, units, ahead, sums);
     });
 }
 
@@ -307,8 +380,8 @@ void masks_4_8(const uint8_t *indices, size_t bytes, uint8_t *mask) {
 }
 
 constexpr sparc3::PackedKernels kPackedKernels = {
-    prepared_element, prepare, dot,    kTileBatch,   expand,    tile,
-    unpack,           count,   gather, gather_lanes, masks_2_4, masks_4_8,
+    prepared_element, prepare, dot,    expand, scatter,      kPanelRows, tile,
+    unpack,           count,   gather, gather_lanes, masks_2_4,  masks_4_8,
 };
 
 }  // namespace

@@ -162,8 +162,8 @@ int main(void) {
         bad_arguments();
         for (int round = 0; round < 60; ++round) {
             const int dtype = (int)next_random(3), m = 1 + (int)next_random(16), n = 1 + (int)next_random((uint32_t)m);
-            const size_t rows = 1 + next_random(9), batch = 1 + next_random(9);
-            bitmap_and_csr(dtype, rows, 1 + next_random(300), batch);
+            const size_t rows = 1 + next_random(20), batch = 1 + next_random(20);
+            bitmap_and_csr(dtype, rows, 1 + next_random(900), batch);
             nm(dtype, rows, 1 + next_random(40), n, m, batch);
             nm(dtype, rows, 1 + next_random(1200), round % 2 ? 2 : 4, round % 2 ? 4 : 8, batch);
         }

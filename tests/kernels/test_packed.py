@@ -31,6 +31,29 @@ def test_linear(packed_implementation: str, shape: tuple[int, int]) -> None:
             assert_close_to_exact(linear(x, bias), x, weight, bias)
 
 
+@pytest.mark.parametrize("batch", [2, 3, 5, 7, 8, 9, 16, 17, 25, 40])
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.95])
+def test_odd_batches(packed_implementation: str, batch: int, sparsity: float) -> None:
+    """Strips of 8 and 16 vectors, full or not, and panels of rows in several blocks of columns, the last one odd."""
+    generator = torch.Generator().manual_seed(batch)
+    for dtype, (rows, columns) in product(FLOATS, ((19, 773), (33, 384), (1, 385))):
+        weight = sparse(rows, columns, sparsity, dtype, seed=batch)
+        x = torch.randn(batch, columns, generator=generator).to(dtype)
+        bias = torch.randn(rows, generator=generator).to(dtype)
+        for linear in linears(weight).values():
+            assert_close_to_exact(linear(x, bias), x, weight, bias)
+
+
+@pytest.mark.parametrize("batch", [3, 5, 17])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (5, 7)])
+def test_odd_batches_of_nm(packed_implementation: str, n: int, m: int, batch: int) -> None:
+    """The same for N:M, in groups that end with a block of columns and groups that lie across its end."""
+    for dtype in FLOATS:
+        weight = nm_weight(19, 111, n, m, dtype)
+        x = torch.randn(batch, 111 * m, generator=torch.Generator().manual_seed(n)).to(dtype)
+        assert_close_to_exact(linears(weight, n, m)["nm"](x, None), x, weight, None)
+
+
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_nm_linear(packed_implementation: str, n: int, m: int) -> None:
     generator = torch.Generator().manual_seed(5)

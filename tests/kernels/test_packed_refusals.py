@@ -105,6 +105,18 @@ def test_corrupt_csr_products_stay_inside(packed_implementation: str) -> None:
                 kernels.csr_linear(torch.ones(batch, 40), *packed)
 
 
+def test_csr_columns_out_of_order_are_seen_in_panels(packed_implementation: str) -> None:
+    """Several vectors are multiplied with blocks of columns, and a column that comes too late is in none of them."""
+    indices, values, offsets = kernels.pack_csr(sparse(4, 1000, 0.5, torch.float32))
+    set_last(indices, 0)
+    for call in (
+        lambda: kernels.csr_linear(torch.ones(2, 1000), indices, values, offsets),
+        lambda: kernels.csr_linear(torch.ones(64, 1000), indices, values, offsets),
+    ):
+        with pytest.raises(ValueError, match="indices of row 3 are not ascending below 1000: column 0"):
+            call()
+
+
 def test_weights_that_are_not_nm(packed_implementation: str) -> None:
     weight = nm_weight(6, 9, 2, 4, torch.float32)
     weight[4, 20:24] = torch.tensor([1.0, 0.0, 2.0, 3.0])
