@@ -72,6 +72,7 @@ SCORES = (
     Case("attnlrp", target="logit"),
     Case("attnlrp", target="logit", reduce="signed"),
     Case("attnlrp", target="logit", reduce="signed", by="value"),
+    Case("attnlrp", reduce="token-square", skip_first=True),
     Case("attnlrp", target="logit-mean", skip_first=True),
 )
 MLP = "gradient,activation=identity,gate=half"
