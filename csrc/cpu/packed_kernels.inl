@@ -55,13 +55,14 @@ struct Starts {
     }
 };
 
-// Values stream from memory once: they are fetched a page ahead, which hides most of its latency.
-constexpr size_t kAhead = 4096;
+// Values and mask bits stream from memory once: they are fetched so many bytes ahead, which hides most of its latency.
+constexpr size_t kAhead = 4096, kMasksAhead = 2048;
 // Of a panel of CSR rows: about a block, so that it arrives while the other rows are expanded and multiplied.
 constexpr size_t kAheadOfIndices = 1024;
 
 template <class T, int batch>
-void dot_row(const uint8_t *mask, size_t words, const T *v, const typename Format<T>::X *x, size_t stride, float *y) {
+bool dot_row(const uint8_t *mask, size_t words, const T *v, const T *end, const typename Format<T>::X *x,
+             size_t stride, float *y) {
     using F = Format<T>;
     constexpr int kChains = batch == 1 ? 4 : batch == 2 ? 2 : 1;  // sums a vector: more hide the latency of adding
     typename F::Accumulator sum[batch][kChains] = {};
@@ -76,7 +77,9 @@ void dot_row(const uint8_t *mask, size_t words, const T *v, const typename Forma
     for (; word + 4 <= words; word += 4, x += 128) {
         for (size_t line = 0; line < 128 * sizeof(T); line += 64)
             __builtin_prefetch((const char *)v + kAhead + line);
+        __builtin_prefetch(mask + 4 * word + kMasksAhead);
         const Starts at(mask + 4 * word);
+        if (at.all > end - v) return false;
         const auto a = F::expand(v, at.bits[0]), b = F::expand(v + at.second, at.bits[1]);
         const auto c = F::expand(v + at.third, at.bits[2]), d = F::expand(v + at.fourth, at.bits[3]);
         v += at.all;
@@ -87,6 +90,7 @@ void dot_row(const uint8_t *mask, size_t words, const T *v, const typename Forma
     }
     for (; word < words; ++word, x += 32) {
         const uint32_t bits = word_at(mask, word);
+        if (bits_in(bits) > end - v) return false;
         add(F::expand(v, bits), 0, x);
         v += bits_in(bits);
     }
@@ -94,21 +98,21 @@ void dot_row(const uint8_t *mask, size_t words, const T *v, const typename Forma
         y[b] = F::sum(sum[b][0]);
         for (int i = 1; i < kChains; ++i) y[b] += F::sum(sum[b][i]);
     }
+    return v == end;
 }
 
-void dot(int dtype, const uint8_t *mask, size_t words, const void *values, const void *x, size_t stride, int batch,
-         float *y) {
+bool dot(int dtype, const uint8_t *mask, size_t words, const void *values, const void *end, const void *x,
+         size_t stride, int batch, float *y) {
+    bool sound = false;
     typed_float(dtype, [&](auto type) {
         using T = decltype(type);
-        const auto *v = (const T *)values;
-        const auto *vectors = (const typename Format<T>::X *)x;
-        switch (batch) {
-            case 1: return dot_row<T, 1>(mask, words, v, vectors, stride, y);
-            case 2: return dot_row<T, 2>(mask, words, v, vectors, stride, y);
-            case 3: return dot_row<T, 3>(mask, words, v, vectors, stride, y);
-            default: return dot_row<T, 4>(mask, words, v, vectors, stride, y);
-        }
+        const auto product = batch == 1   ? dot_row<T, 1>
+                             : batch == 2 ? dot_row<T, 2>
+                             : batch == 3 ? dot_row<T, 3>
+                                          : dot_row<T, 4>;
+        sound = product(mask, words, (const T *)values, (const T *)end, (const typename Format<T>::X *)x, stride, y);
     });
+    return sound;
 }
 
 template <class T>

@@ -121,10 +121,9 @@ int multiply_rows(const LinearCall &call, const Row &row) {
         for (size_t r = mine.begin; r < mine.begin + mine.size; ++r) {
             Scratch scratch{reinterpret_cast<uint8_t *>(own), own + plan.masks_size};
             const PackedRow packed = row(r, scratch);
-            if (!packed.values || isa.count(packed.mask, words) * size_of(call.dtype) != packed.size())
+            if (!packed.values || !isa.dot(call.dtype, packed.mask, words, packed.values, packed.end, prepared,
+                                           plan.padded, static_cast<int>(call.batch), sums))
                 return sound.store(false, std::memory_order_relaxed);
-            isa.dot(call.dtype, packed.mask, words, packed.values, prepared, plan.padded,
-                    static_cast<int>(call.batch), sums);
             for (size_t b = 0; b < call.batch; ++b) call.finish(r, b, sums[b]);
         }
     });
