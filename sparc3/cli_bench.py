@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,14 @@ def decode(
     out: Annotated[
         Path | None, typer.Option(help="Folder for decode.json, decode.md and decode.png; it must not exist.")
     ] = None,
+    add: Annotated[
+        bool,
+        typer.Option(
+            "--add",
+            help="--out has an earlier run with the same shape, dtype, device and threads: keep its sparsities "
+            "and add these.",
+        ),
+    ] = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -57,7 +66,7 @@ def decode(
 
     from sparc3.decode_bench import matrices_of, measure
     from sparc3.decode_peers import implementations
-    from sparc3.decode_report import remarks, tables
+    from sparc3.decode_report import joined, remarks, tables
     from sparc3.export import check_new
     from sparc3.models import usable_device
     from sparc3.report import versions
@@ -67,8 +76,9 @@ def decode(
     if dtype not in known:
         raise InputError(f"dtype {dtype!r} is not known; use {' | '.join(known)}")
     shares, batches = _sparsities(sparsity), _batches(batch)
+    earlier = _earlier(out) if add else None
     if out is not None:
-        check_new(out, force)
+        check_new(out, force or add)
     where = usable_device(device)
     console.begin()
     chosen = [
@@ -97,19 +107,32 @@ def decode(
             "dtype": dtype,
             "device": str(where),
             "threads": torch.get_num_threads(),
-            "bytes_per_second": bandwidth,
+            "bytes_per_second": dict.fromkeys(shares, bandwidth),
             "lines": [timing.line() for timing in timings],
             **versions(),
         }
     finally:
         torch.set_num_threads(before)
+    if earlier is not None:
+        result = joined(earlier, result)
     if out is not None:
-        _save(result, out, force)
+        _save(result, out, force or add)
     if as_json:
         console.show_json(result)
         return
     saved = [f"Saved {out}: decode.json, decode.md (every matrix), decode.png"] if out is not None else []
     console.show(*tables(result["lines"]), *remarks(result["lines"]), *saved)
+
+
+def _earlier(out: Path | None) -> dict[str, Any]:
+    if out is None:
+        raise InputError("--add needs --out, the folder of the earlier run")
+    try:
+        found = json.loads((out / "decode.json").read_text(encoding="utf-8"))
+        found["lines"], found["bytes_per_second"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--add: {out} holds no run of sparc3 bench decode ({error})") from error
+    return dict(found)
 
 
 def _sparsities(words: str) -> list[str]:

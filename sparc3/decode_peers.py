@@ -6,12 +6,15 @@ product itself, as another layout of the vectors, happens there and is not timed
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,9 +146,18 @@ def _scipy_csr(weight: torch.Tensor, n: int, m: int) -> Operand:
 
 
 def _mkl_csr(weight: torch.Tensor, n: int, m: int) -> Operand:
+    _name_mkl()
     from sparse_dot_mkl import dot_product_mkl
 
     return _numpy_csr(weight, dot_product_mkl)
+
+
+def _name_mkl() -> None:
+    """Set MKL_RT, where it is not set, to the library of the mkl wheel: sparse_dot_mkl does not look there itself."""
+    with suppress(metadata.PackageNotFoundError):
+        for file in metadata.files("mkl") or ():
+            if "mkl_rt" in file.name:
+                os.environ.setdefault("MKL_RT", str(Path(file.locate()).resolve()))
 
 
 def _numpy_csr(weight: torch.Tensor, product: Callable[[Any, Any], Any]) -> Operand:

@@ -1,4 +1,4 @@
-"""The figures of sparc3 bench decode as tables, a plot and text."""
+"""The figures of sparc3 bench decode as tables, a plot and text, of one run or of several."""
 
 from __future__ import annotations
 
@@ -8,9 +8,47 @@ from typing import Any
 
 from rich.table import Table
 
+from sparc3.errors import InputError
+
 # Ours stand out, dense is the line at 1, the peers recede.
 _COLOURS = {"sparc3 bitmap": "#d1495b", "sparc3 csr": "#edae49", "sparc3 nm": "#8d6a9f"}
 _GREYS = ("#7a7a7a", "#30638e", "#00798c", "#b8b8b8", "#6a994e")
+
+
+# What runs must share for their figures to stand in one table.
+_SHARED = ("shape", "dtype", "device", "threads", "machine", "kernels")
+
+
+def joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """An earlier run and a later one as one; of a sparsity that both measured the later figures stay.
+
+    Raises:
+        InputError: they are of another shape, dtype, device, number of threads, machine or instruction set.
+    """
+    for name in _SHARED:
+        if earlier.get(name) != later[name]:
+            raise InputError(
+                f"the earlier run has another {name} ({earlier.get(name)}, now {later[name]}); give another --out"
+            )
+    measured = {line["sparsity"] for line in later["lines"]}
+    kept = [line for line in earlier["lines"] if line["sparsity"] not in measured]
+    reads = {line["sparsity"] for line in kept}
+    return {
+        **later,
+        "bytes_per_second": {
+            sparsity: speed for sparsity, speed in earlier["bytes_per_second"].items() if sparsity in reads
+        }
+        | later["bytes_per_second"],
+        "lines": sorted(
+            [*kept, *later["lines"]],
+            key=lambda line: (
+                line["batch"],
+                line["matrix"] == "block",
+                ":" in line["sparsity"],
+                line["sparsity"],
+            ),
+        ),
+    }
 
 
 def tables(lines: Sequence[dict[str, Any]]) -> list[Table | str]:
@@ -59,7 +97,7 @@ def markdown(result: dict[str, Any]) -> str:
     head = (
         f"# Decoding: {result['shape']}, {result['dtype']}, {result['machine']['processor']}, "
         f"{result['threads']} threads\n\n"
-        f"Memory is read at {result['bytes_per_second'] / 1e9:.1f} GB/s. ratio: time of the fastest dense "
+        f"Memory is read at {_speeds(result)} GB/s. ratio: time of the fastest dense "
         "implementation of the same run / time; below 1 is slower. Results are checked against fp64 before they are "
         "timed; weights come from memory, not from the cache; implementations take turns; medians.\n"
     )
@@ -84,6 +122,13 @@ def markdown(result: dict[str, Any]) -> str:
             )
             parts.append(f"| {' | '.join(cells)} |\n")
     return "".join(parts)
+
+
+def _speeds(result: dict[str, Any]) -> str:
+    """Least to highest of the runs, GB/s."""
+    speeds = [speed / 1e9 for speed in result["bytes_per_second"].values()]
+    least, most = f"{min(speeds):.1f}", f"{max(speeds):.1f}"
+    return least if least == most else f"{least} to {most}"
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:

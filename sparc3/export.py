@@ -80,7 +80,7 @@ def check_new(path: str | Path, force: bool = False) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file, not a folder; give another --out")
     # --force is for what this wrote before, not for a home folder.
-    ours = any((path / name).is_file() for name in ("config.json", "report.json"))
+    ours = any((path / name).is_file() for name in ("config.json", "report.json", "decode.json"))
     if path.exists() and any(path.iterdir()) and not ours:
         raise InputError(
             f"{path} holds no model or report (no config.json, no report.json), so --force does not replace it; "

@@ -25,8 +25,8 @@ struct PackedKernels {
     size_t (*prepared_element)(int dtype);
     void (*prepare)(int dtype, const void *x, size_t columns, void *prepared);
 
-    // y[b] = w . x[b] for 1 <= batch <= kFusedBatch prepared vectors, `stride` elements apart; false where the values of
-    // the row do not end at `end`, and none beyond it is multiplied.
+    // y[b] = w . x[b] for 1 <= batch <= kFusedBatch prepared vectors, `stride` elements apart; false where the values
+    // of the row do not end at `end`.
     bool (*dot)(int dtype, const uint8_t *mask, size_t words, const void *values, const void *end, const void *x,
                 size_t stride, int batch, float *y);
 

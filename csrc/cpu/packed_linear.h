@@ -130,8 +130,8 @@ int multiply_rows(const LinearCall &call, const Row &row) {
     return sound ? SPARC3_OK : SPARC3_ERROR_FORMAT;
 }
 
-// Blocks of kBlockUnits of each vector, interleaved by lanes: to[block][strip][unit][lane]. Static, as a thread that runs
-// it would be an exported type.
+// Blocks of kBlockUnits of each vector, interleaved by lanes: to[block][strip][unit][lane]. Static, as a thread that
+// runs it would be an exported type.
 static inline void interleave(const LinearCall &call, const LinearPlan &plan, char *to) {
     const PackedKernels &isa = packed_kernels();
     const size_t element = isa.prepared_element(call.dtype), step = 4 * kBlockUnits / element;

@@ -1,13 +1,14 @@
 """sparc3 bench decode: the table holds what was measured, and nothing that was wrong."""
 
 import json
+import os
 
 import pytest
 import torch
 from commands import succeed, succeed_json
 from test_cli_refusals import refuse
 
-from sparc3 import decode_bench, decode_report
+from sparc3 import decode_bench, decode_peers, decode_report
 from sparc3.decode_bench import Matrix, Timing, matrices_of, measure, pruned_weight
 from sparc3.decode_peers import implementations
 from sparc3.timing import cache_bytes, cold_seconds
@@ -192,6 +193,48 @@ def test_the_command_writes_table_plot_and_json(room, base):
         "sparc3 bitmap",
     }
     assert torch.get_num_threads() == 1
+
+
+def test_sparsities_are_added_to_an_earlier_run(room, base):
+    arguments = ("bench", "decode", "--shape", base, "--batch", "1,2", "--only", "sparc3", "--out", "out")
+    succeed(*arguments, "--sparsity", ".5,2:4")
+    first = json.loads((room / "out/decode.json").read_text())
+    later = succeed_json(*arguments, "--sparsity", ".7,2:4", "--add")
+    assert json.loads((room / "out/decode.json").read_text()) == later
+    kept, found = ([line for line in run["lines"] if line["sparsity"] == "0.5"] for run in (first, later))
+    assert sorted(found, key=str) == sorted(kept, key=str) != []
+    for sparsity, speed in (("0.5", True), ("2:4", False)):
+        assert (first["bytes_per_second"][sparsity] == later["bytes_per_second"][sparsity]) == speed
+    blocks = [line for line in later["lines"] if line["matrix"] == "block" and line["batch"] == 2]
+    assert list(dict.fromkeys(line["sparsity"] for line in blocks)) == ["0.5", "0.7", "2:4"]
+    text = (room / "out/decode.md").read_text()
+    assert all(f"| {1e3 * line['seconds']:.3f} |" in text for line in later["lines"])
+    refuse(
+        room,
+        "the earlier run has another dtype (bfloat16, now float32)",
+        *arguments,
+        "--add",
+        "--dtype",
+        "float32",
+    )
+    refuse(room, "--add needs --out", "bench", "decode", "--add")
+    refuse(room, "masks holds no run of sparc3 bench decode", "bench", "decode", "--add", "--out", "masks")
+
+
+def test_mkl_is_found_in_its_wheel(monkeypatch, tmp_path):
+    class Wheel:
+        name = "libmkl_rt.so.3"
+
+        def locate(self):
+            return tmp_path / "lib" / "python" / ".." / self.name
+
+    monkeypatch.setattr(decode_peers.metadata, "files", lambda name: [Wheel()] if name == "mkl" else None)
+    monkeypatch.delenv("MKL_RT", raising=False)
+    decode_peers._name_mkl()
+    assert os.environ["MKL_RT"] == str(tmp_path / "lib" / "libmkl_rt.so.3")
+    monkeypatch.setenv("MKL_RT", "mine.so")
+    decode_peers._name_mkl()
+    assert os.environ["MKL_RT"] == "mine.so"
 
 
 @pytest.mark.parametrize(
