@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -310,19 +311,18 @@ def _check_found(found: Found, unit: str, budget: float) -> None:
 
 
 def _combined(correction: Correction, found: Found, compressed: Mask | None) -> dict[str, Measured]:
-    """The compressed model, and the one that is corrected as well."""
+    """The compressed model, and the one that is corrected as well; count and fraction are of weights."""
     if compressed is None or found.chosen is None:
         return {}
-    both = found.mask.combine(compressed)
-    pruned = round(compressed.sparsity * compressed.total)
+    masks = {"compressed": compressed, "compressed and corrected": found.mask.combine(compressed)}
     return {
-        "compressed": correction.measure(compressed, pruned),
-        "compressed and corrected": correction.measure(both, round(both.sparsity * both.total)),
+        name: replace(correction.measure(mask, round(mask.sparsity * mask.total)), fraction=mask.sparsity)
+        for name, mask in masks.items()
     }
 
 
 def _show(loaded: Loaded, report: dict[str, Any], asked: int | None, out: Path) -> None:
-    from sparc3.correction_report import method_label
+    from sparc3.correction_report import combined_rows, method_label
 
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("method")
@@ -346,8 +346,8 @@ def _show(loaded: Loaded, report: dict[str, Any], asked: int | None, out: Path) 
     for result in report["results"]:
         for point in result["sweep"]:
             row(method_label(result["settings"]) + (" *" if point == result["chosen"] else ""), point)
-    for name, point in report["combined"].items():
-        row(name, point | {"fraction": float("nan")})
+    for name, point in combined_rows(report):
+        row(name, point)
     prompts, budget, count = report["prompts"], report["budget"], report["after"]["count"]
     spared = (
         f"Note: {asked} were to be removed, but only {count} cost no more than their share of --budget; --no-spare "

@@ -88,6 +88,12 @@ def method_label(settings: Mapping[str, Any]) -> str:
     return settings["method"] + (f":{contrast}" if contrast in ("set-difference", "absolute") else "")
 
 
+def combined_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Label and measurement of what was combined, which counts weights whatever the unit is."""
+    unit = "" if report["unit"] == "weight" else ", in weights"
+    return [(name + unit, point) for name, point in report["combined"].items()]
+
+
 def draw(report: Mapping[str, Any], folder: Path) -> None:
     """Write correction.png and page.html into a folder."""
     plot_correction(report, folder / "correction.png")
@@ -167,7 +173,7 @@ def correction_page(report: Mapping[str, Any]) -> str:
     plot_correction(report, drawn, "svg")
     behaviour, prompts, after = report["behaviour"], report["prompts"], report["after"]
     columns = ("", "removed", "shown", "score", "tokens", "distinct", "perplexity", "change")
-    rows = [("whole model", report["before"]), ("corrected", after), *report["combined"].items()]
+    rows = [("whole model", report["before"]), ("corrected", after), *combined_rows(report)]
     layers = report["removed"]["by_layer"]
     what = "weights" if report["unit"] == "weight" else f"{report['unit']}s"
     sections: list[tuple[str, list[str]]] = [

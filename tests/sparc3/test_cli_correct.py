@@ -57,6 +57,9 @@ def test_the_folder_holds_the_model_the_report_the_plot_and_the_page(room, asked
     assert report["prompts"] == {"run": 24, "explained": 12, "judged": 12, "tokens": 5}
     assert set(report["combined"]) == {"compressed", "compressed and corrected"}
     assert report["combined"]["compressed and corrected"]["shown"] == 0.0
+    compressed = Mask.load("small/mask.safetensors")
+    assert report["combined"]["compressed"]["fraction"] == compressed.sparsity
+    assert report["combined"]["compressed"]["count"] == round(compressed.sparsity * compressed.total)
     # What was removed, by layer, is what the mask says.
     mask = Mask.load("out/mask.safetensors")
     lost = sum(layer["weights"] for layer in report["removed"]["by_layer"].values())
@@ -68,13 +71,15 @@ def test_the_folder_holds_the_model_the_report_the_plot_and_the_page(room, asked
         "lrp:set-difference *",
         "lrp:absolute",
         "24 prompts run; explained on 12",
-        "compressed and corrected",
+        "compressed and corrected, in weights",
     ):
         assert line in stdout
+    assert "nan" not in stdout
     # The page is one file that loads nothing, with both sides of a sample.
     text = (room / "out/page.html").read_text()
     xml.dom.minidom.parseString(text)
     assert "http" not in text.replace("http://www.w3.org", "").replace("http-equiv", "").split("<svg")[0]
+    assert "compressed and corrected, in weights" in text
     sample = report["samples"][0]
     assert "@" in sample["before"]
     assert "@" not in sample["after"]
