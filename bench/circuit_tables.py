@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from sparc3.evaluate import mean_interval
+from sparc3.report import plot_faithfulness
 
 
 def markdown(data: dict[str, Any]) -> str:
@@ -93,6 +95,20 @@ def _circuits(data: dict[str, Any]) -> list[str]:
             lines.append(f"| {name} | {_share(same):.2%} | {ratio} | {cpr:.3f} | {cmd:.3f} |")
         lines.append("")
     return lines
+
+
+def plots(data: dict[str, Any], path: Path) -> None:
+    """Faithfulness against the share kept, mean over seeds: a picture beside the file for each table of circuits."""
+    for (unit, ablation, examples), part in _groups(data["rows"], "unit", "ablation", "examples").items():
+        curves: dict[str, Sequence[tuple[float, float]]] = {}
+        for (method, rule), same in _groups(part, "method", "rule").items():
+            points = zip(*(row["curve"] for row in same), strict=True)
+            curves[f"{method}: {short_rule(rule)}" if rule else method] = [
+                (each[0]["fraction"], _mean(point["faithfulness"] for point in each)) for each in points
+            ]
+        seeds = len({row["seed"] for row in part})
+        title = f"{data['model']}, indirect objects, {ablation} ablation, {seeds} seeds x {examples} examples"
+        plot_faithfulness(curves, path.with_name(f"{path.stem}-{unit}-{ablation}.png"), title, f"{unit}s")
 
 
 def _ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> str:

@@ -220,6 +220,7 @@ def run_tables(study: Study, choice: Choice) -> None:
                     key | {"method": method, "rule": rule},
                     partial(_find, search, method, seed=seed, rule=rule or None),
                 )
+    circuit_tables.plots(study.rows.data, study.rows.path)
 
 
 def _find(search: Search, method: str, **settings: Any) -> dict[str, Any]:

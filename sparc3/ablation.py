@@ -93,17 +93,17 @@ def ablated_differences(
     """
     blocks = Blocks(model)
     last = torch.tensor([-1], device=model.device)
+    starts = [found.first_ablated(keep, len(blocks.blocks)) for keep in keeps]
     columns = []
     with frozen(model):
         for batch in batches:
             instead = replace(batch)
             hidden, calls = blocks.record(batch)
             streams = [hidden]
-            for index, call in enumerate(calls):
-                streams.append(blocks.run(index, streams[-1], call))
+            for index in range(max(starts)):
+                streams.append(blocks.run(index, streams[-1], calls[index]))
             column = []
-            for keep in keeps:
-                first = found.first_ablated(keep, len(calls))
+            for keep, first in zip(keeps, starts, strict=True):
                 hidden = streams[first]
                 with ablated(found, keep, instead):
                     for index in range(first, len(calls)):

@@ -43,10 +43,10 @@ from sparc3.targets import Batch
 from sparc3.tasks import Task, task_batches
 from sparc3.units import UNITS, Components, ablated, components
 
-# Agrees best with exact patching of heads and MLPs (docs/circuits.md).
+# Agrees best with exact ablation of MLPs and blocks (docs/circuits.md).
 DEFAULT_RULE = "gradient,norm=constant"
-# To zero a head or a neuron changes what later norms divide by, which they must not take for constant.
-_ZEROED = "gradient,activation=identity"
+# And of heads. To zero a head or a neuron changes what later norms divide by, which they must not take for constant.
+_IDENTITY = "gradient,activation=identity"
 # Wanda ranks within the rows of a weight, as it was published; the others over the whole model.
 _PATTERNS = {"wanda": "row"}
 
@@ -92,9 +92,9 @@ def default_settings(unit: str, ablation: str) -> dict[str, str]:
     if unit == "weight":
         return {"rule": DEFAULT_RULE, "reduce": "square"}
     if unit == "neuron" and ablation == "zero":
-        return {"rule": _ZEROED, "reduce": "abs"}
-    if unit in ("head", "kv-head") and ablation == "zero":
-        return {"rule": _ZEROED, "reduce": "signed"}
+        return {"rule": _IDENTITY, "reduce": "abs"}
+    if unit in ("head", "kv-head") and ablation != "mean":
+        return {"rule": _IDENTITY, "reduce": "signed"}
     return {"rule": DEFAULT_RULE, "reduce": "signed"}
 
 
@@ -293,11 +293,20 @@ class Search:
             return self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float().cpu()
 
     def node_relevance(self, target: str = "difference") -> tuple[Components, torch.Tensor]:
-        """LRP of every head and MLP, whatever the unit, for the search's ablation; heads alone with fused experts."""
+        """LRP of every head and MLP by its own default rule, whatever the unit, for the search's ablation.
+
+        With fused experts: of heads alone.
+        """
         fused = any(find(block, family_of(self.model).mlp_output) is None for block in blocks_of(self.model))
         found = components(self.model, "head" if fused else "node")
-        settings: dict[str, Any] = {"rule": DEFAULT_RULE, "target": target, "ablation": self.ablation}
-        return found, score_components(self.model, found, self._ranking, "lrp", **settings)
+        settings: dict[str, Any] = {"target": target, "ablation": self.ablation}
+        heads, mlps = (default_settings(unit, self.ablation)["rule"] for unit in ("head", "mlp"))
+        scores = {
+            rule: score_components(self.model, found, self._ranking, "lrp", rule=rule, **settings)
+            for rule in {heads, mlps}
+        }
+        of_mlps = torch.tensor([name.startswith("m") for name in found.names])
+        return found, torch.where(of_mlps, scores[mlps], scores[heads])
 
     def by_block(self, keep: torch.Tensor | Mask) -> list[dict[str, int]]:
         """[{block, kept, of}]: how many weights or components of each block are kept."""

@@ -18,7 +18,7 @@ from sparc3.circuit import Search, check_circuit_settings, default_settings
 from sparc3.errors import InputError
 from sparc3.faithfulness import GOAL, Point, areas, faithfulness, sparsest
 from sparc3.families import prunable
-from sparc3.ranking import COMPONENT_METHODS, WEIGHT_METHODS
+from sparc3.ranking import COMPONENT_METHODS, WEIGHT_METHODS, score_components
 from sparc3.tasks import load_task, task_batches
 from sparc3.units import components
 
@@ -132,11 +132,27 @@ def test_the_mask_of_kept_components_measures_the_same():
     assert values.mean().item() == pytest.approx(point.logit_difference, abs=1e-5)
 
 
-@pytest.mark.parametrize("unit", ["head", "kv-head"])
-def test_a_norm_is_no_constant_where_heads_are_zeroed(unit):
-    zeroed, patched = (default_settings(unit, ablation)["rule"] for ablation in ("zero", "patch"))
-    assert sparc3.Rule.parse(zeroed).norm_scale_gradient == 1
-    assert sparc3.Rule.parse(patched).norm_scale_gradient == 0
+@pytest.mark.parametrize(
+    ("unit", "zero", "mean", "patch"),
+    [("head", 1, 0, 1), ("kv-head", 1, 0, 1), ("neuron", 1, 0, 0), ("mlp", 0, 0, 0), ("layer", 0, 0, 0)],
+)
+def test_where_a_norm_is_no_constant(unit, zero, mean, patch):
+    rules = [default_settings(unit, ablation)["rule"] for ablation in ("zero", "mean", "patch")]
+    assert [sparc3.Rule.parse(rule).norm_scale_gradient for rule in rules] == [zero, mean, patch]
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean", "patch"])
+def test_heads_and_mlps_are_each_shown_by_their_own_rule(ablation):
+    model = model_of("llama")
+    task = letters.task(model)
+    found, values = Search(model, words.tokenizer(), task, "neuron", ablation).node_relevance()
+    shown = dict(zip(found.names, values.tolist(), strict=True))
+    batches = task_batches(model, words.tokenizer(), task.ranking)
+    for unit in ("head", "mlp"):
+        own, rule = components(model, unit), default_settings(unit, ablation)["rule"]
+        expected = score_components(model, own, batches, "lrp", ablation=ablation, rule=rule)
+        assert [shown.pop(name) for name in own.names] == expected.tolist()
+    assert not shown
 
 
 def test_faithfulness_and_areas_by_hand():
