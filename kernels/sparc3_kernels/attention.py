@@ -13,7 +13,11 @@ Key-value heads are shared by H / H_kv query heads each and never repeated.
 
 Triton: one program a block of queries and head, blocks of keys in a loop, O(T) memory (Dao et al. 2022,
 FlashAttention). Differs from FlashAttention's own Triton version: sequences by begin and end, soft-cap, window,
-strides of any layout. 16-bit heads alone on a GPU. Not yet measured.
+strides of any layout. Not yet measured.
+
+On a GPU 16-bit heads alone: fp32 ones would be multiplied in TF32, of 10 bits, which loses the 1e-5 that fp32 is for,
+or as three such products, whose operands spill at every block size that was tried. torch's memory-efficient SDPA
+takes fp32 in O(T) memory, so a wrapped fp32 model keeps torch's attention, its gradients scaled (`sparc3.fused`).
 """
 
 import math
@@ -186,7 +190,7 @@ def unfit(q: Tensor, *others: Tensor) -> str | None:
     if q.shape[-1] > WIDEST:
         return f"heads are wider than {WIDEST}"
     if q.is_cuda and q.dtype == torch.float32:
-        # Three TF32 products for one spill in every configuration that was tried.
+        # see the module's docstring
         return "it takes bf16 and fp16 heads on a GPU, not fp32"
     return support.unfit(q, *others)
 
@@ -247,10 +251,10 @@ def attention(
     return torch.ops.sparc3.attention(q, k, v, begin, end, scale, causal, window, softcap)
 
 
-# Whether ours is taken instead of torch's backward with its gradients scaled. Not measured yet: by published figures
-# torch's (cuDNN, FlashAttention 2) is faster up to D = 128 where all three gradients are wanted; values alone take 2
-# products of 5, and torch has no kernel for soft-caps or windows, nor a fast one for D = 256. bench/gpu.py prints
-# what this table should be.
+# Whether ours is taken for 16-bit heads instead of torch's backward with its gradients scaled (fp32 is torch's, see
+# above). Not measured yet: by published figures torch's (cuDNN, FlashAttention 2) is faster up to D = 128 where all
+# three gradients are wanted; values alone take 2 products of 5, and torch has no kernel for soft-caps or windows, nor
+# a fast one for D = 256. bench/gpu.py prints what this table should be.
 DISPATCH = {
     "soft-cap": True,
     "window": True,
