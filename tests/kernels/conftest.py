@@ -8,19 +8,15 @@ from pathlib import Path
 import pytest
 from sparc3_kernels import backend, native
 from sparc3_kernels.backend import unavailable
-from sparc3_kernels.triton_support import interpreting
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from interpreter import DEVICE, mend_bfloat16
+from interpreter import DEVICE
 
 IMPLEMENTATIONS = ("reference", "cpu-portable", "cpu-avx2", "cpu-avx512")
 # Instruction sets that only the packed weights have kernels for.
 PACKED_IMPLEMENTATIONS = (*IMPLEMENTATIONS, "cpu-avx512vbmi2", "cpu-avx512bf16")
 FUSED = ("reference", "triton")
-
-if interpreting() and unavailable("triton") is None:
-    mend_bfloat16()
 
 
 @contextmanager

@@ -1,25 +1,26 @@
-"""bfloat16 made right in Triton's interpreter, which otherwise computes on its raw 16 bits and truncates casts.
+"""Triton's interpreter, mended where this module is imported.
 
-Casts and dots are all that our kernels do in bf16 (everything else is fp32), so these two are mended.
-Upstream does not support it (triton-lang/triton pull requests 10945 and 11585).
+bfloat16: it computes on the raw 16 bits and truncates casts. Casts and dots are all that our kernels do in bf16
+(everything else is fp32), so these two are mended. Upstream does not support it (triton-lang/triton pull requests
+10945 and 11585).
+
+Ranges: Triton 3.6 asks for the int of an array of one element, which numpy 2.4 refuses. Triton 3.7 squeezes it first.
 """
 
 import numpy as np
 import torch
+from sparc3_kernels.backend import unavailable
+from sparc3_kernels.triton_support import interpreting
 
 # Where the Triton kernels run in the tests.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def mend_bfloat16() -> None:
-    """Patch the interpreter of this process; twice is once."""
+def _mend_bfloat16() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
-    if getattr(builder, "bfloat16_is_mended", False):
-        return
-    builder.bfloat16_is_mended = True
     plain_cast, plain_dot = builder.cast_impl, builder.create_dot
 
     def widened(handle):
@@ -45,3 +46,20 @@ def mend_bfloat16() -> None:
         return plain_dot(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
 
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+
+
+def _mend_ranges() -> None:
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if interpreting() and unavailable("triton") is None:
+    _mend_bfloat16()
+    _mend_ranges()

@@ -10,7 +10,6 @@ from oracle import weight_gradients
 from sparc3_kernels import backend
 from sparc3_kernels.backend import unavailable
 from sparc3_kernels.lm_head import lm_head_target
-from sparc3_kernels.triton_support import interpreting
 from tiny import _GATED, batch, build, singles, state
 from transformers import AutoModelForCausalLM, GraniteConfig
 
@@ -25,11 +24,9 @@ from sparc3.wrap import wrap
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from interpreter import DEVICE, mend_bfloat16
+from interpreter import DEVICE
 
 pytestmark = pytest.mark.skipif(unavailable("triton") is not None, reason=str(unavailable("triton")))
-if interpreting() and unavailable("triton") is None:
-    mend_bfloat16()
 
 # What each adds: grouped heads; a window in every layer; q- and k-norms; weights 1 + w, soft-caps and a window in
 # half of the layers; gate and up in one linear; LayerNorm and ReLU with biases.
