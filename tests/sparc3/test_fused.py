@@ -25,6 +25,7 @@ from sparc3.wrap import wrap
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from interpreter import DEVICE
+from precision import assert_as_good_as_torch
 
 pytestmark = pytest.mark.skipif(unavailable("triton") is not None, reason=str(unavailable("triton")))
 
@@ -54,6 +55,34 @@ def test_relevance_agrees_with_the_reference(name, rule):
         exact = sum(weight.canonical(sample[key]) for sample in expected)
         # fp32 through two blocks, against an independent graph in fp64
         assert (sink.sums[key].double() - exact).norm() <= 1e-5 * exact.norm(), key
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
+def test_16_bit_relevance_is_as_good_as_torch(name, dtype):
+    model, inputs = on_device(name)
+    model = model.to(dtype)
+    weights = prunable(model)
+    sink = Accumulators(weights, "signed")
+    with backend("triton"):
+        accumulate(model, [inputs], Rule.parse("attnlrp"), "logprob", "all", weights, sink)
+    target = partial(target_value, target="logprob")
+
+    def plain(wide):
+        found = [
+            weight_gradients(model, one, Rule.parse("attnlrp"), target, wide)[1] for one in singles(inputs)
+        ]
+        return {
+            key: sum(weight.canonical(one[key]).double() for one in found) for key, weight in weights.items()
+        }
+
+    exact = plain(torch.float64)
+
+    def together(relevance):
+        """All weights, each in the unit of its norm: a rounding early in the forward moves a tensor as a whole."""
+        return [torch.cat([(relevance[key].double() / exact[key].norm()).flatten().cpu() for key in exact])]
+
+    assert_as_good_as_torch(together(sink.sums), together(plain(dtype)), together(exact))
 
 
 @pytest.mark.parametrize("rule", ["cp", "attnlrp"])
