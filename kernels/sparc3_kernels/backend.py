@@ -39,7 +39,7 @@ def unavailable(name: str) -> str | None:
         if _version("triton") is None:
             return "the package triton is not installed"
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-            return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+            return "torch sees no CUDA device (TRITON_INTERPRET=1 runs kernels on the CPU: slowly, wrong in bf16)"
     return None
 
 
