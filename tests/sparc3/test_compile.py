@@ -26,13 +26,13 @@ FUSED_GATED, FUSED_PLAIN = GATED | {"norm", "gated_product"}, PLAIN | {"norm"}
 ATTENTION = {"attention", "attention_backward"}
 UNMASKED = {"full_attention": None, "sliding_attention": None}
 # Backend, family, attention, layers, mask, and our ops in the graph. Where positions are known but no mask,
-# transformers traces a mask that attention's kernels do not know, since sequences might be packed; OPT does not hand
-# its positions on, and Gemma 2 takes masks that are made already.
+# transformers traces a mask that attention's kernels do not know, since sequences might be packed; Gemma 2 takes
+# masks that are made already.
 CASES = {
     "llama": ("reference", "llama", "sdpa", 1, None, GATED),
     "opt": ("reference", "opt", "sdpa", 1, None, PLAIN),
     "llama, fused": ("triton", "llama", "sdpa", 1, "padded", FUSED_GATED),
-    "opt, fused": ("triton", "opt", "sdpa", 1, None, FUSED_PLAIN | ATTENTION),
+    "opt, fused": ("triton", "opt", "sdpa", 1, None, FUSED_PLAIN),
     "gemma2, fused": ("triton", "gemma2", "eager", 1, None, FUSED_GATED),
     "gemma2, fused, no mask": ("triton", "gemma2", "eager", 2, UNMASKED, FUSED_GATED | ATTENTION),
 }
