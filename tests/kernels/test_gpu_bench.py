@@ -151,6 +151,28 @@ def test_what_begins_too_late_is_skipped_and_says_so(monkeypatch: pytest.MonkeyP
     assert "all gradients" in str(dispatch_table(results).columns[0]._cells)
 
 
+def test_one_failure_leaves_the_others_their_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    if reason := unavailable("triton"):
+        pytest.skip(reason)
+
+    def fails(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise RuntimeError("out of memory")
+
+    chosen = [small("wrong", lambda x: (x * 1.5,)), small("right"), small("fails", fails)]
+    monkeypatch.setattr(gpu, "cases", lambda: chosen)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry", "--only", "", "--out", str(tmp_path / "out.json")])
+    monkeypatch.setattr(gpu, "whole_model", lambda dry: gpu._nothing(small("whole"), "lxt", "not installed"))
+    with pytest.raises(SystemExit, match=r"sparc3 failed in wrong; fails$"):
+        gpu.main()
+    _, wrong, right, failed = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert wrong["skipped"] == {"sparc3": "ArithmeticError: sparc3 is off by 0.5, more than 0.02"}
+    assert right["ms"].keys() == {"sparc3"}
+    assert failed["skipped"] == {"sparc3": "RuntimeError: out of memory"}
+    assert "out of memory" in capsys.readouterr().out
+
+
 def test_nine_minutes_hold_all_but_the_case_that_is_running() -> None:
     ways = len(gpu_model.WAYS) * gpu._MODEL_SECONDS
     assert ways < gpu._SECONDS / 2
