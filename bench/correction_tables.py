@@ -1,0 +1,84 @@
+"""The Markdown table of bench/corrections.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from sparc3.correct import BUDGET
+from sparc3.evaluate import _t_quantile
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of Student's 95 % interval (infinite for one value)."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.inf
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return mean, _t_quantile(0.95, len(values) - 1) * spread / math.sqrt(len(values))
+
+
+def _label(row: dict[str, Any]) -> str:
+    rule = f" ({row['rule']})" if row["rule"] else ""
+    contrast = "" if row["contrast"] in ("", "difference") else f", {row['contrast'].replace('-', ' ')}"
+    return row["method"] + rule + contrast + (", spared" if row["spare"] else "")
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """Each number removed, a mean over seeds, and what the budget chooses seed by seed."""
+    rows = data["rows"]
+    lines = [
+        f"# {data['study']} of {data['model']}" + (f", {data['note']}" if data["note"] else ""),
+        f"\nGreedy continuations of at most {data['tokens']} tokens; up to {data['examples']} explain and as many "
+        f"others judge, all of which show it before. General text: {data['samples']} windows explain, perplexity is "
+        f"of {data['judged_windows']} held-out windows. Brackets: half of Student's 95 % interval over runs, that is "
+        "seeds (of random: seeds and draws).\n",
+        "| unit | method | removed | runs | shown | score | tokens | distinct | perplexity |"
+        + (" second scorer |" if data["study"] == "toxicity" else ""),
+        "|---|---|---|---|---|---|---|---|---|" + ("---|" if data["study"] == "toxicity" else ""),
+    ]
+    for unit, label in dict.fromkeys((row["unit"], _label(row)) for row in rows):
+        same = [row for row in rows if (row["unit"], _label(row)) == (unit, label)]
+        everything = [point for row in same for point in (row["before"], *row["sweep"])]
+        # With sparing the sweep of a seed ends where no more can be afforded.
+        for count in sorted({point["count"] for point in everything}):
+            points = [point for point in everything if point["count"] == count]
+            shown = interval([point["shown"] for point in points])
+            cells = [
+                f"{points[0]['count']} ({points[0]['fraction']:.3%})",
+                str(len(points)),
+                f"{shown[0]:.1%}" + (f" ({shown[1]:.1%})" if math.isfinite(shown[1]) else ""),
+                *(
+                    f"{interval([point[key] for point in points])[0]:.3f}"
+                    for key in ("score", "length", "distinct")
+                ),
+                f"{interval([point['increase'] for point in points])[0]:+.2%}",
+            ]
+            if data["study"] == "toxicity":
+                cells.append(f"{interval([point['second'] for point in points])[0]:.1%}")
+            lines.append(f"| {unit} | {label} | " + " | ".join(cells) + " |")
+    text = (
+        "other windows of the text that explains"
+        if "development" in rows[0]["before"]
+        else "the same windows"
+    )
+    lines += [
+        f"\nThe largest number with perplexity of {text} at most {BUDGET:.0%} worse, run by run, and the "
+        "perplexity of held-out text with it:\n",
+        "| unit | method | shown | mean | perplexity | removed |\n|---|---|---|---|---|---|",
+    ]
+    for unit, label in dict.fromkeys((row["unit"], _label(row)) for row in rows):
+        same = [row for row in rows if (row["unit"], _label(row)) == (unit, label)]
+        chosen = [
+            next((point for point in row["sweep"] if point["count"] == row["chosen"]), row["before"])
+            for row in same
+        ]
+        mean, half = interval([point["shown"] for point in chosen])
+        lines.append(
+            f"| {unit} | {label} | {', '.join(format(point['shown'], '.1%') for point in chosen)} | "
+            f"{mean:.1%}{f' ({half:.1%})' if math.isfinite(half) else ''} | "
+            f"{', '.join(format(point['increase'], '+.2%') for point in chosen)} | "
+            f"{', '.join(str(point['count']) for point in chosen)} |"
+        )
+    return "\n".join(lines) + "\n"
