@@ -201,7 +201,8 @@ def _named(names: list[str]) -> list[str]:
 def _samples(report: dict[str, Any]) -> list[str]:
     parts = [
         paragraph(
-            "Red tokens speak for the right answer, blue ones against it. Point at a token for its number.",
+            "Red tokens speak for the right answer, blue ones against it (rule "
+            f"{report['task']['token_rule']}). Point at a token for its number.",
             "note",
         )
     ]

@@ -128,6 +128,8 @@ def circuit(
     check_new(out, force)
     methods = list(dict.fromkeys([method, *console.words(compare)]))
     defaults = default_settings(unit, ablation)
+    # Defaults were chosen for components; tokens are coloured as sparc3 explain does it.
+    token_rule = rule or "attnlrp"
     rule, reduce = rule or defaults["rule"], reduce or defaults["reduce"]
     for name in methods:
         check_circuit_settings(unit, name, ablation, by, rule, reduce, target)
@@ -160,7 +162,8 @@ def circuit(
         nodes, relevance = search.node_relevance(target)
         report = _report(loaded, found_task, search, circuits, share, seed)
         report["nodes"] = dict(zip(nodes.names, relevance.tolist(), strict=True))
-        report["task"]["samples"] = sample_rows(search, loaded.tokenizer, found_task, chosen, rule, target)
+        samples = sample_rows(search, loaded.tokenizer, found_task, chosen, token_rule, target)
+        report["task"] |= {"token_rule": token_rule, "samples": samples}
         update(description=f"writing {out}")
         with new_folder(out, force) as folder:
             write_circuit(folder, loaded, search, first, chosen, nodes, relevance, report)

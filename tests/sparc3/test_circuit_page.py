@@ -59,6 +59,7 @@ def test_the_page_says_what_the_report_says(heads):
     chosen = report["circuit"]
     assert f"{chosen['kept']} of 16 heads (25.00%), ranked by lrp" in text
     assert "Kept: " + ", ".join(chosen["components"]) in text
+    assert "blue ones against it (rule attnlrp)" in text
     sources = [one.get("src") for one in root.iter("img")]
     assert len(sources) == 2
     assert all(source.startswith("data:image/png;base64,") for source in sources)
@@ -94,14 +95,10 @@ def test_samples_are_what_the_whole_model_and_the_circuit_answer(heads):
             assert row[key]["logit_difference"] == pytest.approx(value, abs=1e-3)
             best = row[key]["predictions"][0]
             assert best["probability"] == pytest.approx(logits[0].softmax(0).max().item(), abs=1e-3)
-        with sparc3.relevance(loaded.model, search_rule(report), logit_difference, weights=False) as r:
+        with sparc3.relevance(loaded.model, "attnlrp", logit_difference, weights=False) as r:
             r.backward(batch)
         values = [one["relevance"] for one in row["tokens"]]
         assert values == pytest.approx(r.tokens[0].tolist(), abs=1e-3)
-
-
-def search_rule(report):
-    return report["results"][0]["settings"]["rule"]
 
 
 def test_scores_carry_transformer_lens_names_and_mibs_format(heads):
