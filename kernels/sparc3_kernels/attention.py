@@ -16,8 +16,9 @@ FlashAttention). Differs from FlashAttention's own Triton version: sequences by 
 strides of any layout. Not yet measured.
 
 On a GPU 16-bit heads alone: fp32 ones would be multiplied in TF32, of 10 bits, which loses the 1e-5 that fp32 is for,
-or as three such products, whose operands spill at every block size that was tried. torch's memory-efficient SDPA
-takes fp32 in O(T) memory, so a wrapped fp32 model keeps torch's attention, its gradients scaled (`sparc3.fused`).
+or as three such products, whose operands spill in blocks larger than 16 queries by 16 keys (backward, D = 128), too
+small to reuse what is read. torch's memory-efficient SDPA takes fp32 in O(T) memory, so a wrapped fp32 model keeps
+torch's attention, its gradients scaled (`sparc3.fused`).
 """
 
 import math

@@ -4,7 +4,8 @@ bfloat16: it computes on the raw 16 bits and truncates casts. Casts and dots are
 (everything else is fp32), so these two are mended. Upstream does not support it (triton-lang/triton pull requests
 10945 and 11585).
 
-Ranges: Triton 3.6 asks for the int of an array of one element, which numpy 2.4 refuses. Triton 3.7 squeezes it first.
+Ranges: Triton 3.6 asks for the int of an array of one element, which numpy 2.4 refuses (triton-lang/triton issue
+9171); Triton 3.7 squeezes it first. On a GPU nothing of that is used, so numpy needs no upper bound.
 """
 
 import numpy as np
