@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparc3_kernels import bitmap_cuda, native, packed_cuda, select, select_native, two_of_four_cuda
+from sparc3_kernels import bitmap_cuda, convert, native, packed_cuda, select, select_native, two_of_four_cuda
 
 CSRC = Path(__file__).parents[1] / "csrc"
 
@@ -48,7 +48,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(reason)
     cpu, cuda = native.library(), library()
     monkeypatch.setattr(native, "library", lambda name="sparc3": cuda if name == "sparc3_cuda" else cpu)
-    for module in (select_native, bitmap_cuda, two_of_four_cuda, packed_cuda):
+    for module in (select_native, convert, bitmap_cuda, two_of_four_cuda, packed_cuda):
         monkeypatch.setattr(module, "stream_of", stream_of)
     monkeypatch.setattr(select, "choose", lambda op, fits: "cuda" if "cuda" in fits else "reference")
     monkeypatch.setattr(
@@ -56,3 +56,4 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for module in (bitmap_cuda, two_of_four_cuda):
         monkeypatch.setattr(module, "calls_library", lambda op, device: True)
+    monkeypatch.setattr(convert, "_where", lambda op, values: "cuda")

@@ -1,10 +1,9 @@
 // The bitmap format; the header describes it.
+#include "formats.h"
 #include "packed_linear.h"
 
 namespace sparc3 {
 namespace {
-
-size_t row_bytes(size_t columns) { return 4 * words_of(columns); }
 
 bool is_zero(const uint32_t *w, size_t i) { return (w[i] << 1) == 0; }
 bool is_zero(const uint16_t *w, size_t i) { return static_cast<uint16_t>(w[i] << 1) == 0; }
@@ -32,41 +31,8 @@ bool pack_row(const T *weight, size_t columns, uint8_t *bits, T *values, size_t 
     return kept == count;
 }
 
-const char *values_of(const sparc3_bitmap &w, size_t r) {
-    return static_cast<const char *>(w.values) + static_cast<size_t>(w.offsets[r]) * size_of(w.dtype);
-}
-
-// Row r with as many values as its offsets say, or nothing where they make no sense.
-PackedRow claimed_row(const sparc3_bitmap &w, size_t r) {
-    const int64_t begin = w.offsets[r], end = w.offsets[r + 1];
-    if (begin < 0 || end < begin || static_cast<uint64_t>(end) > w.count) return {};
-    if (static_cast<uint64_t>(end - begin) > w.columns) return {};
-    const uint8_t *mask = w.bits + r * row_bytes(w.columns);
-    if (w.columns % kWord) {
-        uint32_t last;
-        memcpy(&last, mask + row_bytes(w.columns) - 4, sizeof last);
-        if (last >> w.columns % kWord) return {};
-    }
-    return {mask, values_of(w, r), values_of(w, r + 1)};
-}
-
-// Row r, or nothing where bits, offsets and values disagree.
-PackedRow row_of(const sparc3_bitmap &w, size_t r) {
-    const PackedRow row = claimed_row(w, r);
-    if (!row.values) return {};
-    const size_t kept = packed_kernels().count(row.mask, words_of(w.columns));
-    return kept * size_of(w.dtype) == row.size() ? row : PackedRow{};
-}
-
 bool may_overread(const sparc3_bitmap &w, size_t r) {
     return (w.count - static_cast<size_t>(w.offsets[r + 1])) * size_of(w.dtype) >= kOverread;
-}
-
-int check_arguments(const sparc3_bitmap *w) {
-    if (!w || !is_dtype(w->dtype) || !countable(w->rows, w->columns)) return SPARC3_ERROR_ARGUMENT;
-    if (!w->rows) return SPARC3_OK;
-    if (!w->offsets || (w->columns && !w->bits) || (w->count && !w->values)) return SPARC3_ERROR_ARGUMENT;
-    return countable(w->count, 1) ? SPARC3_OK : SPARC3_ERROR_ARGUMENT;
 }
 
 }  // namespace
@@ -128,10 +94,7 @@ int sparc3_bitmap_unpack(const sparc3_bitmap *weight, void *out, int threads) {
     sparc3_bitmap w = *weight;
     const size_t size = size_of(w.dtype);
     if (!out) return SPARC3_ERROR_ARGUMENT;
-    if (overlap(out, w.rows * w.columns * size, w.values, w.count * size) ||
-        overlap(out, w.rows * w.columns * size, w.bits, w.rows * row_bytes(w.columns)) ||
-        overlap(out, w.rows * w.columns * size, w.offsets, (w.rows + 1) * sizeof *w.offsets))
-        return SPARC3_ERROR_OVERLAP;
+    if (!clear_of(out, w.rows * w.columns * size, w)) return SPARC3_ERROR_OVERLAP;
     const char none = 0;
     if (!w.values) w.values = &none;
     return each_row(w.rows, w.columns, threads, [&](size_t r) {
@@ -165,10 +128,8 @@ int sparc3_bitmap_linear(const sparc3_bitmap *weight, const void *x, size_t batc
     const LinearCall call{w.dtype, w.rows, w.columns, x, batch, bias, y, threads, workspace, workspace_size};
     status = check_linear(call);
     if (status) return status;
-    const size_t size = size_of(w.dtype), out = batch * w.rows * size;
-    if (overlap(y, out, w.values, w.count * size) || overlap(y, out, w.bits, w.rows * row_bytes(w.columns)) ||
-        overlap(y, out, w.offsets, (w.rows + 1) * sizeof *w.offsets))
-        return SPARC3_ERROR_OVERLAP;
+    const size_t size = size_of(w.dtype);
+    if (!clear_of(y, batch * w.rows * size, w)) return SPARC3_ERROR_OVERLAP;
     const char none = 0;
     if (!w.values) w.values = &none;
     const auto row = [&](size_t r, Scratch &scratch) {

@@ -1,35 +1,9 @@
 // The CSR format; the header describes it.
+#include "formats.h"
 #include "packed_linear.h"
 
 namespace sparc3 {
 namespace {
-
-bool is_wide(size_t columns) { return columns > 65536; }
-size_t index_size(size_t columns) { return is_wide(columns) ? 4 : 2; }
-
-size_t index_at(const void *indices, bool wide, size_t i) {
-    return wide ? static_cast<const uint32_t *>(indices)[i] : static_cast<const uint16_t *>(indices)[i];
-}
-
-// Values [begin, end) of a row lie within the buffer.
-bool inside(const sparc3_csr &w, size_t r) {
-    return w.offsets[r] >= 0 && w.offsets[r + 1] >= w.offsets[r] &&
-           static_cast<uint64_t>(w.offsets[r + 1]) <= w.count;
-}
-
-int check_arguments(const sparc3_csr *w) {
-    if (!w || !is_dtype(w->dtype) || !countable(w->rows, w->columns) || w->columns > INT32_MAX)
-        return SPARC3_ERROR_ARGUMENT;
-    if (!w->rows) return SPARC3_OK;
-    if (!w->offsets || (w->count && (!w->values || !w->indices))) return SPARC3_ERROR_ARGUMENT;
-    return countable(w->count, 1) ? SPARC3_OK : SPARC3_ERROR_ARGUMENT;
-}
-
-bool clear_of(const void *out, size_t size, const sparc3_csr &w) {
-    return !overlap(out, size, w.values, w.count * size_of(w.dtype)) &&
-           !overlap(out, size, w.indices, w.count * index_size(w.columns)) &&
-           !overlap(out, size, w.offsets, (w.rows + 1) * sizeof *w.offsets);
-}
 
 // What is left of a row, for products of panels.
 struct Rest {
@@ -87,10 +61,7 @@ int sparc3_csr_pack(int dtype, const void *weight, size_t rows, size_t columns, 
             if (next == end) return false;
             const size_t at = static_cast<size_t>(next++);
             memcpy(static_cast<char *>(values) + at * size, row + c * size, size);
-            if (is_wide(columns))
-                static_cast<int32_t *>(indices)[at] = static_cast<int32_t>(c);
-            else
-                static_cast<uint16_t *>(indices)[at] = static_cast<uint16_t>(c);
+            put_index(indices, is_wide(columns), at, c);
         }
         return next == end;
     });
@@ -101,16 +72,7 @@ int sparc3_csr_check(const sparc3_csr *weight, int threads) {
     if (status || !weight->rows) return status;
     const sparc3_csr &w = *weight;
     if (w.offsets[0] != 0 || w.offsets[w.rows] != static_cast<int64_t>(w.count)) return SPARC3_ERROR_FORMAT;
-    return each_row(w.rows, w.columns, threads, [&](size_t r) {
-        if (!inside(w, r)) return false;
-        size_t least = 0;
-        for (int64_t i = w.offsets[r]; i < w.offsets[r + 1]; ++i) {
-            const size_t column = index_at(w.indices, is_wide(w.columns), static_cast<size_t>(i));
-            if (column < least || column >= w.columns) return false;
-            least = column + 1;
-        }
-        return true;
-    });
+    return each_row(w.rows, w.columns, threads, [&](size_t r) { return each_column(w, r, [](size_t, size_t) {}); });
 }
 
 int sparc3_csr_unpack(const sparc3_csr *weight, void *out, int threads) {
@@ -124,14 +86,9 @@ int sparc3_csr_unpack(const sparc3_csr *weight, void *out, int threads) {
         if (!inside(w, r)) return false;
         char *to = static_cast<char *>(out) + r * w.columns * size;
         memset(to, 0, w.columns * size);
-        size_t least = 0;
-        for (int64_t i = w.offsets[r]; i < w.offsets[r + 1]; ++i) {
-            const size_t at = static_cast<size_t>(i), column = index_at(w.indices, is_wide(w.columns), at);
-            if (column < least || column >= w.columns) return false;
-            memcpy(to + column * size, static_cast<const char *>(w.values) + at * size, size);
-            least = column + 1;
-        }
-        return true;
+        return each_column(w, r, [&](size_t i, size_t column) {
+            memcpy(to + column * size, static_cast<const char *>(w.values) + i * size, size);
+        });
     });
 }
 

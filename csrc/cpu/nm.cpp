@@ -1,56 +1,9 @@
 // The N:M format; the header describes it.
+#include "formats.h"
 #include "packed_linear.h"
 
 namespace sparc3 {
 namespace {
-
-int width_of(int m) { return m <= 4 ? 2 : 4; }
-
-// Sizes of a row, and the places in it.
-struct Shape {
-    size_t n, m, groups, kept, width, index_bytes;
-
-    Shape(size_t columns, int n_, int m_)
-        : n(static_cast<size_t>(n_)),
-          m(static_cast<size_t>(m_)),
-          groups(columns / m),
-          kept(groups * n),
-          width(static_cast<size_t>(width_of(m_))),
-          index_bytes((kept * width + 7) / 8) {}
-    size_t place(const uint8_t *indices, size_t i) const {
-        return indices[i * width / 8] >> (i * width % 8) & ((1u << width) - 1);
-    }
-};
-
-bool is_pattern(int n, int m) { return n >= 1 && n <= m && m <= 16; }
-
-bool is_nonzero(const char *weight, size_t size) {
-    uint32_t bits = 0;
-    memcpy(&bits, weight, size);
-    return (bits << (33 - 8 * size)) != 0;
-}
-
-// False where the group has more than n nonzeros.
-bool pack_group(const char *group, size_t size, const Shape &shape, size_t first, char *values, uint8_t *indices) {
-    size_t kept = 0, nonzeros = 0;
-    for (size_t i = 0; i < shape.m; ++i) nonzeros += is_nonzero(group + i * size, size);
-    if (nonzeros > shape.n) return false;
-    size_t fill = shape.n - nonzeros;
-    for (size_t i = 0; i < shape.m; ++i) {
-        const bool nonzero = is_nonzero(group + i * size, size);
-        if (!nonzero && !fill) continue;
-        char *to = values + (first + kept) * size;
-        if (nonzero) {
-            memcpy(to, group + i * size, size);
-        } else {
-            memset(to, 0, size);
-            --fill;
-        }
-        const size_t at = (first + kept++) * shape.width;
-        indices[at / 8] = static_cast<uint8_t>(indices[at / 8] | i << at % 8);
-    }
-    return true;
-}
 
 // Mask bits of a row, padded with zeros to words; false where a place is beyond its group.
 bool masks(const Shape &shape, const uint8_t *indices, size_t columns, uint8_t *mask) {
@@ -72,23 +25,7 @@ bool masks(const Shape &shape, const uint8_t *indices, size_t columns, uint8_t *
         for (size_t k = 0; k < shape.n; ++k, ++i) {
             const size_t place = shape.place(indices, i), c = g * shape.m + place;
             if (place >= shape.m) return false;
-            mask[c >> 3] = static_cast<uint8_t>(mask[c >> 3] | 1u << (c & 7));
-        }
-    return true;
-}
-
-int check_arguments(const sparc3_nm *w) {
-    if (!w || !is_dtype(w->dtype) || !is_pattern(w->n, w->m) || !countable(w->rows, w->columns) ||
-        w->columns % static_cast<size_t>(w->m))
-        return SPARC3_ERROR_ARGUMENT;
-    return w->rows && w->columns && (!w->values || !w->indices) ? SPARC3_ERROR_ARGUMENT : SPARC3_OK;
-}
-
-bool sound_row(const Shape &shape, const uint8_t *indices) {
-    for (size_t g = 0; g < shape.groups; ++g)
-        for (size_t k = 0; k < shape.n; ++k) {
-            const size_t place = shape.place(indices, g * shape.n + k);
-            if (place >= shape.m || (k && place <= shape.place(indices, g * shape.n + k - 1))) return false;
+            set_bit(mask, c);
         }
     return true;
 }
@@ -110,34 +47,29 @@ int sparc3_nm_pack(int dtype, const void *weight, size_t rows, size_t columns, i
     if (overlap(weight, in, values, out) || overlap(weight, in, indices, index_size) ||
         overlap(values, out, indices, index_size))
         return SPARC3_ERROR_OVERLAP;
-    std::atomic<uint64_t> first{UINT64_MAX};
+    WrongGroup first;
     each_row(rows, columns, threads, [&](size_t r) {
         const char *row = static_cast<const char *>(weight) + r * columns * size;
         uint8_t *row_indices = indices + r * shape.index_bytes;
         memset(row_indices, 0, shape.index_bytes);
-        for (size_t g = 0; g < shape.groups; ++g) {
-            if (pack_group(row + g * shape.m * size, size, shape, g * shape.n,
-                           static_cast<char *>(values) + r * shape.kept * size, row_indices))
-                continue;
-            const uint64_t group = r * shape.groups + g;
-            uint64_t before = first;
-            while (group < before && !first.compare_exchange_weak(before, group)) {
+        for (size_t g = 0; g < shape.groups; ++g)
+            if (!pack_group(row + g * shape.m * size, size, shape, g * shape.n,
+                            static_cast<char *>(values) + r * shape.kept * size, row_indices)) {
+                first.note(r * shape.groups + g);
+                break;
             }
-            break;
-        }
         return true;
     });
-    if (first == UINT64_MAX) return SPARC3_OK;
-    if (wrong) *wrong = first;
-    return SPARC3_ERROR_PATTERN;
+    return first.status(wrong);
 }
 
 int sparc3_nm_check(const sparc3_nm *weight, int threads) {
     const int status = check_arguments(weight);
     if (status || !weight->rows || !weight->columns) return status;
     const Shape shape(weight->columns, weight->n, weight->m);
-    return each_row(weight->rows, weight->columns, threads,
-                    [&](size_t r) { return sound_row(shape, weight->indices + r * shape.index_bytes); });
+    return each_row(weight->rows, weight->columns, threads, [&](size_t r) {
+        return each_place(shape, weight->indices + r * shape.index_bytes, 0, [](size_t, size_t) {});
+    });
 }
 
 int sparc3_nm_unpack(const sparc3_nm *weight, void *out, int threads) {
@@ -145,11 +77,9 @@ int sparc3_nm_unpack(const sparc3_nm *weight, void *out, int threads) {
     if (status || !weight->rows || !weight->columns) return status;
     const sparc3_nm &w = *weight;
     const Shape shape(w.columns, w.n, w.m);
-    const size_t size = size_of(w.dtype), all = w.rows * w.columns * size;
+    const size_t size = size_of(w.dtype);
     if (!out) return SPARC3_ERROR_ARGUMENT;
-    if (overlap(out, all, w.values, w.rows * shape.kept * size) ||
-        overlap(out, all, w.indices, w.rows * shape.index_bytes))
-        return SPARC3_ERROR_OVERLAP;
+    if (!clear_of(out, w.rows * w.columns * size, w)) return SPARC3_ERROR_OVERLAP;
     const bool fast = (w.n == 2 && w.m == 4) || (w.n == 4 && w.m == 8);
     return each_row(w.rows, w.columns, threads, [&](size_t r) {
         const uint8_t *indices = w.indices + r * shape.index_bytes;
@@ -170,14 +100,8 @@ int sparc3_nm_unpack(const sparc3_nm *weight, void *out, int threads) {
             }
         }
         memset(to + column * size, 0, (w.columns - column) * size);
-        for (size_t g = column / shape.m; g < shape.groups; ++g)
-            for (size_t k = g * shape.n, last = 0; k < (g + 1) * shape.n; ++k) {
-                const size_t place = shape.place(indices, k);
-                if (place >= shape.m || (k > g * shape.n && place <= last)) return false;
-                memcpy(to + (g * shape.m + place) * size, values + k * size, size);
-                last = place;
-            }
-        return true;
+        return each_place(shape, indices, column / shape.m,
+                          [&](size_t k, size_t c) { memcpy(to + c * size, values + k * size, size); });
     });
 }
 
@@ -190,10 +114,8 @@ int sparc3_nm_linear(const sparc3_nm *weight, const void *x, size_t batch, const
     status = check_linear(call);
     if (status) return status;
     const Shape shape(w.columns, w.n, w.m);
-    const size_t size = size_of(w.dtype), out = batch * w.rows * size;
-    if (overlap(y, out, w.values, w.rows * shape.kept * size) ||
-        overlap(y, out, w.indices, w.rows * shape.index_bytes))
-        return SPARC3_ERROR_OVERLAP;
+    const size_t size = size_of(w.dtype);
+    if (!clear_of(y, batch * w.rows * size, w)) return SPARC3_ERROR_OVERLAP;
     const uint8_t none = 0;
     if (!w.columns) w.values = w.indices = &none;
     const auto values_of = [&](size_t r) { return static_cast<const char *>(w.values) + r * shape.kept * size; };

@@ -39,6 +39,16 @@ inline const char *unchecked(const void *from, int64_t elements, size_t size) {
     return reinterpret_cast<const char *>(reinterpret_cast<uintptr_t>(from) + static_cast<size_t>(elements) * size);
 }
 
+// A row given by mask bits, or what is left of it; null values where the weight is corrupt.
+struct PackedRow {
+    const uint8_t *mask = nullptr;
+    const void *values = nullptr, *end = nullptr;
+
+    size_t size() const {
+        return static_cast<size_t>(static_cast<const char *>(end) - static_cast<const char *>(values));
+    }
+};
+
 // Rows dealt out to threads; body(r) returns false where the weight is corrupt.
 template <class Body>
 int each_row(size_t rows, size_t columns, int wanted, const Body &body) {

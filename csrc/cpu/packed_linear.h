@@ -20,16 +20,6 @@ inline float read(int dtype, const void *x, size_t i) {
     return to_float(static_cast<const Float16 *>(x)[i]);
 }
 
-// A row given by mask bits, or what is left of it; null values where the weight is corrupt.
-struct PackedRow {
-    const uint8_t *mask = nullptr;
-    const void *values = nullptr, *end = nullptr;
-
-    size_t size() const {
-        return static_cast<size_t>(static_cast<const char *>(end) - static_cast<const char *>(values));
-    }
-};
-
 // Memory of a thread for one row, out of the caller's workspace.
 struct Scratch {
     uint8_t *mask;  // bits of a row, for formats that have none

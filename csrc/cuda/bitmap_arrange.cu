@@ -1,10 +1,9 @@
 // From the bitmap of the files, which belongs to no device, to the order of bitmap_tiles.h.
 #include "bitmap_tiles.h"
+#include "scan.h"
 
 namespace sparc3 {
 namespace {
-
-constexpr int kScanThreads = 256;
 
 // 16 bits of a row from `column` on; rows are whole 32-bit words, column divides by 16.
 __device__ __forceinline__ unsigned bits_at(const uint8_t *row, int row_bytes, int column) {
@@ -40,21 +39,6 @@ __global__ void __launch_bounds__(32) masks_kernel(const uint8_t *bits, int rows
     if (lane) return;
     starts[index + 1] = (all + 3) / 4;
     atomicMax(deepest, most);
-}
-
-// Sizes at starts[1] to starts[n] become ends, starts[0] = 0. One block, each thread a range.
-__global__ void __launch_bounds__(kScanThreads) scan_kernel(unsigned *starts, size_t n) {
-    __shared__ unsigned sums[kScanThreads];
-    const size_t each = (n + kScanThreads - 1) / kScanThreads;
-    const size_t begin = min(n, threadIdx.x * each), end = min(n, begin + each);
-    unsigned sum = 0;
-    for (size_t i = begin; i < end; ++i) sum += starts[i + 1];
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    unsigned before = 0;
-    for (unsigned i = 0; i < threadIdx.x; ++i) before += sums[i];
-    for (size_t i = begin; i < end; ++i) starts[i + 1] = before += starts[i + 1];
-    if (threadIdx.x == 0) starts[0] = 0;
 }
 
 // Where the next value of each of a lane's two rows is in the file's order.
@@ -132,7 +116,7 @@ int sparc3_cuda_bitmap_arrange_masks(const uint8_t *bits, size_t rows, size_t co
                         reinterpret_cast<uint4 *>(masks), starts, deepest);
         if (status) return status;
     }
-    return launch(scan_kernel, dim3(1), dim3(kScanThreads), 0, stream, starts, all);
+    return launch(scan_kernel<uint32_t>, dim3(1), dim3(kScanThreads), 0, stream, starts, all);
 }
 
 int sparc3_cuda_bitmap_arrange_values(int dtype, const int64_t *offsets, const void *values, size_t rows,

@@ -173,6 +173,7 @@ int main() {
             CHECK(!test_two_of_four(two_of_four_weight(dtype, 0, 8), {1}));
         }
         CHECK(!test_two_of_four_refusals());
+        CHECK(!test_conversions());
     }
     printf("passed\n");
     return 0;

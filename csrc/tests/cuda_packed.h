@@ -117,3 +117,6 @@ private:
     size_t batch_;
     std::vector<uint16_t> x_, bias_;
 };
+
+// cuda_convert.cpp; 0 where all is well.
+int test_conversions();

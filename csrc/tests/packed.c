@@ -1,46 +1,7 @@
 /* Packed weights against hostile input: null pointers, wrong sizes, overlaps and contents changed at random get a status
  * and never touch memory that is not theirs. Built with sanitizers by tests/csrc; every buffer is exactly as long as the
  * header says, so that one byte too many is seen. */
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "sparc3/sparc3.h"
-
-#define CHECK(condition)                                                                       \
-    do {                                                                                       \
-        if (!(condition)) {                                                                    \
-            fprintf(stderr, "%s:%d: %s [%s]\n", __FILE__, __LINE__, #condition, sparc3_isa()); \
-            exit(1);                                                                           \
-        }                                                                                      \
-    } while (0)
-
-static uint64_t state = 88172645463325252u;
-static uint32_t next_random(uint32_t below) {
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return (uint32_t)(state >> 16) % below;
-}
-
-static void *exactly(size_t size) {
-    void *memory = malloc(size);
-    CHECK(memory || !size);
-    return memory;
-}
-
-static size_t size_of(int dtype) { return dtype == SPARC3_FP32 ? 4 : 2; }
-
-/* A weight of small numbers that are the same in every dtype's bits: only zero or not matters here. */
-static void *make_weight(int dtype, size_t count, uint32_t kept_in_8) {
-    uint8_t *weight = exactly(count * size_of(dtype));
-    memset(weight, 0, count * size_of(dtype));
-    for (size_t i = 0; i < count; ++i)
-        if (next_random(8) < kept_in_8) weight[i * size_of(dtype) + size_of(dtype) - 1] = 0x3f;
-    return weight;
-}
-
-static int allowed(int status) { return status == SPARC3_OK || status == SPARC3_ERROR_FORMAT; }
+#include "hostile.h"
 
 static void bitmap_and_csr(int dtype, size_t rows, size_t columns, size_t batch) {
     const size_t size = size_of(dtype), stride = (columns + 31) / 32 * 4;

@@ -2,14 +2,15 @@
 
 from sparc3_kernels.backend import BackendError, backend, info
 from sparc3_kernels.bitmap import bitmap_linear, check_bitmap, pack_bitmap, unpack_bitmap
-from sparc3_kernels.csr import (
+from sparc3_kernels.convert import (
     bitmap_to_csr_indices,
-    check_csr,
-    csr_linear,
+    bitmap_to_nm,
     csr_to_bitmap_bits,
-    pack_csr,
-    unpack_csr,
+    csr_to_nm,
+    nm_to_bitmap,
+    nm_to_csr,
 )
+from sparc3_kernels.csr import check_csr, csr_linear, pack_csr, unpack_csr
 from sparc3_kernels.linear import input_gradient, linear
 from sparc3_kernels.native import NativeError, get_cmake_dir, get_include, get_library_dir
 from sparc3_kernels.nm import check_nm, nm_linear, pack_nm, unpack_nm
@@ -35,12 +36,14 @@ __all__ = [
     "backend",
     "bitmap_linear",
     "bitmap_to_csr_indices",
+    "bitmap_to_nm",
     "check_bitmap",
     "check_csr",
     "check_nm",
     "count_bits",
     "csr_linear",
     "csr_to_bitmap_bits",
+    "csr_to_nm",
     "get_cmake_dir",
     "get_include",
     "get_library_dir",
@@ -48,6 +51,8 @@ __all__ = [
     "input_gradient",
     "linear",
     "nm_linear",
+    "nm_to_bitmap",
+    "nm_to_csr",
     "pack_bitmap",
     "pack_bits",
     "pack_csr",

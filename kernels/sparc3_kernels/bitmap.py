@@ -66,7 +66,7 @@ def _pack_native(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight.contiguous()
     rows, columns = weight.shape
     offsets = count_kept(weight)
-    bits = native.huge_empty((rows, _row_bytes(columns)), torch.uint8)
+    bits = native.huge_empty((rows, row_bytes(columns)), torch.uint8)
     values = native.huge_empty((int(offsets[-1]),), weight.dtype)
     status = native.library().sparc3_bitmap_pack(
         *(native.DTYPES[weight.dtype], weight.data_ptr(), rows, columns, offsets.data_ptr(), bits.data_ptr()),
@@ -76,7 +76,8 @@ def _pack_native(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return bits, values, offsets
 
 
-def _native(bits: Tensor, values: Tensor, offsets: Tensor, columns: int) -> native.Bitmap:
+def struct_of(bits: Tensor, values: Tensor, offsets: Tensor, columns: int) -> native.Bitmap:
+    """The C struct of contiguous tensors."""
     return native.Bitmap(
         *(native.DTYPES[values.dtype], offsets.numel() - 1, columns, values.numel()),
         *(bits.data_ptr(), values.data_ptr(), offsets.data_ptr()),
@@ -103,7 +104,7 @@ def _pack_bitmap(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.impl("sparc3::unpack_bitmap", "default")
 def _unpack_bitmap(bits: Tensor, values: Tensor, offsets: Tensor, columns: int) -> Tensor:
-    _check_shapes(bits, values, offsets, columns)
+    check_shapes(bits, values, offsets, columns)
     if not runs_on_cpu("unpack_bitmap", values):
         return unpack_bitmap_reference(bits, values, offsets, columns)
     bits, values, offsets = bits.contiguous(), values.contiguous(), offsets.contiguous()
@@ -111,7 +112,7 @@ def _unpack_bitmap(bits: Tensor, values: Tensor, offsets: Tensor, columns: int) 
         check_offsets(values, offsets)
     status, weight = unpack_by(
         native.library().sparc3_bitmap_unpack,
-        _native(bits, values, offsets, columns),
+        struct_of(bits, values, offsets, columns),
         (bits.shape[0], columns),
         values.dtype,
     )
@@ -124,14 +125,14 @@ def _bitmap_linear(
     x: Tensor, bits: Tensor, values: Tensor, offsets: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     check_input(x, None, bits.shape[0], values, bias)
-    _check_shapes(bits, values, offsets, x.shape[-1])
+    check_shapes(bits, values, offsets, x.shape[-1])
     if not runs_on_cpu("bitmap_linear", values):
         return bitmap_linear_reference(x, bits, values, offsets, bias)
     bits, values, offsets = bits.contiguous(), values.contiguous(), offsets.contiguous()
     library, columns = native.library(), x.shape[-1]
 
     def part(first: int, many: int) -> native.Bitmap:
-        packed = _native(bits, values, offsets, columns)
+        packed = struct_of(bits, values, offsets, columns)
         packed.rows = many
         packed.bits = bits.data_ptr() + first * bits.shape[1]
         packed.offsets = offsets.data_ptr() + first * 8
@@ -147,7 +148,7 @@ def _bitmap_linear(
 @torch.library.register_fake("sparc3::pack_bitmap")
 def _fake_pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = weight.shape
-    bits = weight.new_empty((rows, _row_bytes(columns)), dtype=torch.uint8)
+    bits = weight.new_empty((rows, row_bytes(columns)), dtype=torch.uint8)
     return bits, dynamic_length(weight), weight.new_empty(rows + 1, dtype=torch.int64)
 
 
@@ -210,7 +211,7 @@ def check_bitmap(bits: Tensor, values: Tensor, offsets: Tensor, columns: int) ->
         ValueError: wrong shapes or dtypes; offsets that do not climb from 0 to nnz; a row whose bits and offsets
             disagree; padding bits that are set. The message names the tensor and the row.
     """
-    _check_shapes(bits, values, offsets, columns)
+    check_shapes(bits, values, offsets, columns)
     check_offsets(values, offsets)
     set_bits = unpack_bits(bits, (bits.shape[0], bits.shape[1] * 8))
     counts = set_bits.sum(dim=1, dtype=torch.int64)
@@ -227,13 +228,15 @@ def check_bitmap(bits: Tensor, values: Tensor, offsets: Tensor, columns: int) ->
         raise ValueError(f"bits of row {row} are set beyond its {columns} columns")
 
 
-def _row_bytes(columns: int) -> int:
+def row_bytes(columns: int) -> int:
+    """Bytes of the bits of a row."""
     return (columns + 31) // 32 * 4
 
 
-def _check_shapes(bits: Tensor, values: Tensor, offsets: Tensor, columns: int) -> None:
+def check_shapes(bits: Tensor, values: Tensor, offsets: Tensor, columns: int) -> None:
+    """Raise ValueError unless shapes, dtypes and devices are those of the format; contents are not looked at."""
     check_lists(values, offsets)
-    expected = (offsets.numel() - 1, _row_bytes(columns))
+    expected = (offsets.numel() - 1, row_bytes(columns))
     if bits.dtype != torch.uint8 or columns < 0 or tuple(bits.shape) != expected:
         raise ValueError(
             f"bits of a weight [{expected[0]}, {columns}] are uint8 {list(expected)}, "

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sparc3_kernels import native
-from sparc3_kernels.bitmap import check_bitmap
 from sparc3_kernels.packed import (
     check_input,
     check_lists,
@@ -30,7 +29,6 @@ from sparc3_kernels.packed import (
     runs_on_cpu,
     unpack_by,
 )
-from sparc3_kernels.select import pack_bits, unpack_bits
 
 
 def pack_csr_reference(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +41,7 @@ def pack_csr_reference(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def unpack_csr_reference(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> Tensor:
     """Plain torch `unpack_csr`, on any device."""
     check_csr(indices, values, offsets, columns)
-    rows = _rows_of(offsets)
+    rows = rows_of(offsets)
     weight = values.new_zeros(offsets.numel() - 1, columns)
     weight[rows, indices.to(torch.int64)] = values
     return weight
@@ -70,7 +68,8 @@ def _pack_native(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return indices, values, offsets
 
 
-def _native(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> native.CSR:
+def struct_of(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> native.CSR:
+    """The C struct of contiguous tensors."""
     return native.CSR(
         *(native.DTYPES[values.dtype], offsets.numel() - 1, columns, values.numel()),
         *(indices.data_ptr(), values.data_ptr(), offsets.data_ptr()),
@@ -97,7 +96,7 @@ def _pack_csr(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.impl("sparc3::unpack_csr", "default")
 def _unpack_csr(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> Tensor:
-    _check_shapes(indices, values, offsets, columns)
+    check_shapes(indices, values, offsets, columns)
     if not runs_on_cpu("unpack_csr", values):
         return unpack_csr_reference(indices, values, offsets, columns)
     indices, values, offsets = indices.contiguous(), values.contiguous(), offsets.contiguous()
@@ -105,7 +104,7 @@ def _unpack_csr(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) 
         check_offsets(values, offsets)
     status, weight = unpack_by(
         native.library().sparc3_csr_unpack,
-        _native(indices, values, offsets, columns),
+        struct_of(indices, values, offsets, columns),
         (offsets.numel() - 1, columns),
         values.dtype,
     )
@@ -118,14 +117,14 @@ def _csr_linear(
     x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     check_input(x, None, offsets.numel() - 1, values, bias)
-    _check_shapes(indices, values, offsets, x.shape[-1])
+    check_shapes(indices, values, offsets, x.shape[-1])
     if not runs_on_cpu("csr_linear", values):
         return csr_linear_reference(x, indices, values, offsets, bias)
     indices, values, offsets = indices.contiguous(), values.contiguous(), offsets.contiguous()
     library, columns = native.library(), x.shape[-1]
 
     def part(first: int, many: int) -> native.CSR:
-        packed = _native(indices, values, offsets, columns)
+        packed = struct_of(indices, values, offsets, columns)
         packed.rows = many
         packed.offsets = offsets.data_ptr() + first * 8
         return packed
@@ -207,9 +206,9 @@ def check_csr(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) ->
         ValueError: wrong shapes or dtypes; offsets that do not climb from 0 to nnz; a row whose columns do not
             ascend below `columns`. The message names the tensor and the row.
     """
-    _check_shapes(indices, values, offsets, columns)
+    check_shapes(indices, values, offsets, columns)
     check_offsets(values, offsets)
-    rows, column = _rows_of(offsets), indices.to(torch.int64)
+    rows, column = rows_of(offsets), indices.to(torch.int64)
     wrong = (column < 0) | (column >= columns)
     wrong[1:] |= (column.diff() <= 0) & (rows.diff() == 0)
     if bool(wrong.any()):
@@ -220,34 +219,19 @@ def check_csr(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) ->
         )
 
 
-def bitmap_to_csr_indices(bits: Tensor, values: Tensor, offsets: Tensor, columns: int) -> Tensor:
-    """Return the CSR indices of a bitmap; values and offsets stay as they are. Raises what `check_bitmap` finds."""
-    check_bitmap(bits, values, offsets, columns)
-    kept = unpack_bits(bits, (bits.shape[0], bits.shape[1] * 8))
-    return kept.nonzero()[:, 1].to(index_dtype(columns))
-
-
-def csr_to_bitmap_bits(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> Tensor:
-    """Return the bits of a CSR weight; values and offsets stay as they are. Raises what `check_csr` finds."""
-    check_csr(indices, values, offsets, columns)
-    rows = offsets.numel() - 1
-    kept = torch.zeros(rows, (columns + 31) // 32 * 32, dtype=torch.bool, device=values.device)
-    kept[_rows_of(offsets), indices.to(torch.int64)] = True
-    return pack_bits(kept).view(rows, (columns + 31) // 32 * 4)
-
-
 def index_dtype(columns: int) -> torch.dtype:
     """uint16 where it can count `columns` columns, else int32."""
     return torch.uint16 if columns <= 1 << 16 else torch.int32
 
 
-def _rows_of(offsets: Tensor) -> Tensor:
+def rows_of(offsets: Tensor) -> Tensor:
     """The row of each value, int64 [nnz]."""
     rows = torch.arange(offsets.numel() - 1, device=offsets.device)
     return rows.repeat_interleave(offsets.diff())
 
 
-def _check_shapes(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> None:
+def check_shapes(indices: Tensor, values: Tensor, offsets: Tensor, columns: int) -> None:
+    """Raise ValueError unless shapes, dtypes and devices are those of the format; contents are not looked at."""
     check_lists(values, offsets)
     if columns < 0 or indices.dtype != index_dtype(columns) or indices.shape != values.shape:
         raise ValueError(

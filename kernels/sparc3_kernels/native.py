@@ -6,6 +6,7 @@ environment variable SPARC3_ISA=avx512bf16|avx512vbmi2|avx512|avx2|portable forc
 
 import ctypes
 import functools
+import mmap
 import os
 import re
 import sys
@@ -168,6 +169,11 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
         "sparc3_csr_check": (_STATUS, [POINTER(CSR), c_int]),
         "sparc3_csr_unpack": (_STATUS, [POINTER(CSR), c_void_p, c_int]),
         "sparc3_csr_linear": (_STATUS, [POINTER(CSR), *_LINEAR]),
+        "sparc3_bitmap_to_csr": (_STATUS, [POINTER(Bitmap), c_void_p, c_int]),
+        "sparc3_csr_to_bitmap": (_STATUS, [POINTER(CSR), c_void_p, c_int]),
+        "sparc3_bitmap_to_nm": (_STATUS, [POINTER(Bitmap), c_int, c_int, *[c_void_p] * 3, c_int]),
+        "sparc3_nm_count_kept": (_STATUS, [POINTER(NM), c_void_p, c_int]),
+        "sparc3_nm_to_bitmap": (_STATUS, [POINTER(NM), *[c_void_p] * 3, c_size_t, c_int]),
     },
     "sparc3_cuda": {
         "sparc3_cuda_version": (c_char_p, []),
@@ -183,6 +189,11 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
             [c_void_p, c_int, c_void_p, c_size_t, c_void_p, c_void_p, c_size_t, c_void_p],
         ),
         "sparc3_cuda_select_rows": (_STATUS, [c_int, c_void_p, *[c_size_t] * 3, *[c_void_p] * 3]),
+        "sparc3_cuda_bitmap_to_csr": (_STATUS, [POINTER(Bitmap), c_void_p, c_void_p]),
+        "sparc3_cuda_csr_to_bitmap": (_STATUS, [POINTER(CSR), c_void_p, c_void_p]),
+        "sparc3_cuda_bitmap_to_nm": (_STATUS, [POINTER(Bitmap), c_int, c_int, *[c_void_p] * 4]),
+        "sparc3_cuda_nm_count_kept": (_STATUS, [POINTER(NM), c_void_p, c_void_p]),
+        "sparc3_cuda_nm_to_bitmap": (_STATUS, [POINTER(NM), *[c_void_p] * 3, c_size_t, c_void_p]),
         "sparc3_cuda_bitmap_chunks": (c_size_t, [c_size_t] * 2),
         "sparc3_cuda_bitmap_arrange_masks": (_STATUS, [c_void_p, *[c_size_t] * 2, *[c_void_p] * 4]),
         "sparc3_cuda_bitmap_arrange_values": (
@@ -272,6 +283,29 @@ def huge_empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     if missing() is None and (size := tensor.nbytes) >= HUGE_PAGE:
         library().sparc3_advise_huge_pages(tensor.data_ptr(), size)
     return tensor
+
+
+def drop_mapped_pages(tensor: torch.Tensor) -> None:
+    """Take a CPU tensor that lies in a mapped file, as loaded from safetensors, out of this process's memory.
+
+    Whoever reads it again gets what the file holds. Any other tensor is left alone; so are all where the system is
+    not Linux.
+    """
+    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform == "linux" and first < last and _lies_in_a_file(begin, end):
+        # A hint: an error changes nothing.
+        ctypes.CDLL(None).madvise(c_void_p(first), c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def _lies_in_a_file(begin: int, end: int) -> bool:
+    """Whether all memory from `begin` to `end` is one private mapping of a file."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        addresses, access, _, _, inode = line.split()[:5]
+        low, high = (int(address, 16) for address in addresses.split("-"))
+        if low <= begin < high:
+            return end <= high and inode != "0" and access.endswith("p")
+    return False
 
 
 def info() -> dict[str, Any]:

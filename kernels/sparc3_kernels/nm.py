@@ -21,6 +21,7 @@ from torch import Tensor
 from sparc3_kernels import native
 from sparc3_kernels.packed import (
     FLOATS,
+    as_bits,
     check_input,
     check_status,
     check_weight,
@@ -37,10 +38,11 @@ def pack_nm_reference(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     zero = groups == 0
     count = m - zero.sum(dim=2)
     if bool((count > n).any()):
-        _refuse_group(weight, int((count > n).reshape(-1).to(torch.uint8).argmax()), n, m)
+        row, group = divmod(int((count > n).reshape(-1).to(torch.uint8).argmax()), columns // m)
+        refuse_group(weight[row], row, group, n, m)
     # Nonzeros first, then zeros, both in column order; the first n of them in column order again.
     places = zero.to(torch.uint8).sort(dim=2, stable=True).indices[..., :n].sort(dim=2).values
-    values = groups.masked_fill(zero, 0).gather(2, places)
+    values = as_bits(groups).masked_fill(zero, 0).gather(2, places).view(weight.dtype)
     return values.view(rows, columns // m * n), _pack_places(places.view(rows, columns // m * n), _width(m))
 
 
@@ -49,8 +51,7 @@ def unpack_nm_reference(values: Tensor, indices: Tensor, n: int, m: int) -> Tens
     check_nm(values, indices, n, m)
     rows, groups = values.shape[0], values.shape[1] // n
     places = _unpack_places(indices, values.shape[1], _width(m)).view(rows, groups, n)
-    # As integers: scattering bf16 would lose what a NaN carries.
-    bits = values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+    bits = as_bits(values.contiguous())
     weight = bits.new_zeros(rows, groups, m).scatter_(2, places.long(), bits.view(rows, groups, n))
     return weight.view(values.dtype).view(rows, groups * m)
 
@@ -62,9 +63,10 @@ def nm_linear_reference(
     return torch.nn.functional.linear(x, unpack_nm_reference(values, indices, n, m), bias)
 
 
-def _refuse_group(weight: Tensor, group: int, n: int, m: int) -> None:
-    row, column = divmod(group * m, weight.shape[1])
-    nonzeros = int((weight[row, column : column + m] != 0).sum())
+def refuse_group(weights: Tensor, row: int, group: int, n: int, m: int) -> None:
+    """Raise the ValueError of a group with too many nonzeros; `weights` [columns] is its row."""
+    column = group * m
+    nonzeros = int((weights[column : column + m] != 0).sum())
     raise ValueError(
         f"the weight is not {n}:{m}: row {row}, columns {column} to {column + m - 1} hold {nonzeros} nonzeros"
     )
@@ -74,19 +76,21 @@ def _pack_native(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     weight = weight.contiguous()
     rows, columns = weight.shape
     values = native.huge_empty((rows, columns // m * n), weight.dtype)
-    indices = native.huge_empty((rows, (values.shape[1] * _width(m) + 7) // 8), torch.uint8)
+    indices = native.huge_empty((rows, index_bytes(values.shape[1], m)), torch.uint8)
     wrong = ctypes.c_uint64()
     status = native.library().sparc3_nm_pack(
         *(native.DTYPES[weight.dtype], weight.data_ptr(), rows, columns, n, m),
         *(values.data_ptr(), indices.data_ptr(), ctypes.byref(wrong), torch.get_num_threads()),
     )
     if status == native.PATTERN:
-        _refuse_group(weight, wrong.value, n, m)
+        row, group = divmod(wrong.value, columns // m)
+        refuse_group(weight[row], row, group, n, m)
     native.check(status)
     return values, indices
 
 
-def _native(values: Tensor, indices: Tensor, n: int, m: int) -> native.NM:
+def struct_of(values: Tensor, indices: Tensor, n: int, m: int) -> native.NM:
+    """The C struct of contiguous tensors."""
     return native.NM(
         *(native.DTYPES[values.dtype], n, m, values.shape[0], values.shape[1] // n * m),
         *(values.data_ptr(), indices.data_ptr()),
@@ -104,9 +108,7 @@ torch.library.define(
 @torch.library.impl("sparc3::pack_nm", "default")
 def _pack_nm(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     check_weight(weight)
-    _check_pattern(n, m)
-    if weight.shape[1] % m:
-        raise ValueError(f"{n}:{m} does not divide a row of {weight.shape[1]} weights; choose an M that does")
+    check_pattern(n, m, weight.shape[1])
     if runs_on_cpu("pack_nm", weight):
         return _pack_native(weight, n, m)
     return pack_nm_reference(weight, n, m)
@@ -114,11 +116,11 @@ def _pack_nm(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl("sparc3::unpack_nm", "default")
 def _unpack_nm(values: Tensor, indices: Tensor, n: int, m: int) -> Tensor:
-    _check_shapes(values, indices, n, m)
+    check_shapes(values, indices, n, m)
     if not runs_on_cpu("unpack_nm", values):
         return unpack_nm_reference(values, indices, n, m)
     values, indices = values.contiguous(), indices.contiguous()
-    packed = _native(values, indices, n, m)
+    packed = struct_of(values, indices, n, m)
     status, weight = unpack_by(
         native.library().sparc3_nm_unpack, packed, (packed.rows, packed.columns), values.dtype
     )
@@ -130,7 +132,7 @@ def _unpack_nm(values: Tensor, indices: Tensor, n: int, m: int) -> Tensor:
 def _nm_linear(
     x: Tensor, values: Tensor, indices: Tensor, n: int, m: int, bias: Tensor | None = None
 ) -> Tensor:
-    _check_shapes(values, indices, n, m)
+    check_shapes(values, indices, n, m)
     check_input(x, values.shape[1] // n * m, values.shape[0], values, bias)
     if not runs_on_cpu("nm_linear", values):
         return nm_linear_reference(x, values, indices, n, m, bias)
@@ -138,7 +140,7 @@ def _nm_linear(
     library = native.library()
 
     def part(first: int, many: int) -> native.NM:
-        packed = _native(values, indices, n, m)
+        packed = struct_of(values, indices, n, m)
         packed.rows = many
         packed.values = values.data_ptr() + first * values.shape[1] * values.element_size()
         packed.indices = indices.data_ptr() + first * indices.shape[1]
@@ -154,7 +156,7 @@ def _nm_linear(
 @torch.library.register_fake("sparc3::pack_nm")
 def _fake_pack(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     rows, kept = weight.shape[0], weight.shape[1] // m * n
-    indices = weight.new_empty((rows, (kept * _width(m) + 7) // 8), dtype=torch.uint8)
+    indices = weight.new_empty((rows, index_bytes(kept, m)), dtype=torch.uint8)
     return weight.new_empty(rows, kept), indices
 
 
@@ -220,7 +222,7 @@ def check_nm(values: Tensor, indices: Tensor, n: int, m: int) -> None:
         ValueError: wrong shapes or dtypes, or a group whose places are not ascending below M. The message names
             the row and the group.
     """
-    _check_shapes(values, indices, n, m)
+    check_shapes(values, indices, n, m)
     rows, kept = values.shape
     places = _unpack_places(indices, kept, _width(m)).view(rows, kept // n, n)
     wrong = (places >= m).any(dim=2) | (places[..., 1:] <= places[..., :-1]).any(dim=2)
@@ -229,6 +231,11 @@ def check_nm(values: Tensor, indices: Tensor, n: int, m: int) -> None:
         raise ValueError(
             f"indices of row {row}, group {group} are {places[row, group].tolist()}, not ascending below {m}"
         )
+
+
+def index_bytes(kept: int, m: int) -> int:
+    """Bytes of the indices of a row of `kept` values."""
+    return (kept * _width(m) + 7) // 8
 
 
 def _width(m: int) -> int:
@@ -252,19 +259,23 @@ def _unpack_places(indices: Tensor, kept: int, width: int) -> Tensor:
     return places.reshape(indices.shape[0], indices.shape[1] * (8 // width))[:, :kept]
 
 
-def _check_pattern(n: int, m: int) -> None:
+def check_pattern(n: int, m: int, columns: int) -> None:
+    """Raise ValueError unless rows of `columns` weights can be N:M."""
     if not 1 <= n <= m <= 16:
         raise ValueError(f"{n}:{m} needs 1 <= N <= M <= 16")
+    if columns % m:
+        raise ValueError(f"{n}:{m} does not divide a row of {columns} weights; choose an M that does")
 
 
-def _check_shapes(values: Tensor, indices: Tensor, n: int, m: int) -> None:
-    _check_pattern(n, m)
+def check_shapes(values: Tensor, indices: Tensor, n: int, m: int) -> None:
+    """Raise ValueError unless shapes, dtypes and devices are those of the format; contents are not looked at."""
+    check_pattern(n, m, 0)
     if values.dim() != 2 or values.dtype not in FLOATS or values.shape[1] % n:
         raise ValueError(
             f"values of a {n}:{m} weight are floats [rows, a multiple of {n}], got {values.dtype} "
             f"{list(values.shape)}"
         )
-    expected = [values.shape[0], (values.shape[1] * _width(m) + 7) // 8]
+    expected = [values.shape[0], index_bytes(values.shape[1], m)]
     if indices.dtype != torch.uint8 or list(indices.shape) != expected:
         raise ValueError(
             f"indices of {list(values.shape)} values are uint8 {expected}, got {indices.dtype} "

@@ -129,6 +129,11 @@ def multiply_by(
     return status, y
 
 
+def as_bits(values: Tensor) -> Tensor:
+    """Floats as integers of their width: moving fp16 and bf16 about can change what a NaN carries."""
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+
+
 def row_offsets(kept: Tensor) -> Tensor:
     """int64 [rows + 1] from a bool matrix: where the values of each row start, the total last."""
     return torch.nn.functional.pad(kept.sum(dim=1, dtype=torch.int64).cumsum(0), (1, 0))

@@ -227,6 +227,21 @@ SPARC3_API int sparc3_csr_unpack(const sparc3_csr *weight, void *out, int thread
 SPARC3_API int sparc3_csr_linear(const sparc3_csr *weight, const void *x, size_t batch, const void *bias, void *y,
                                  int threads, void *workspace, size_t workspace_size);
 
+/* From one format to another, row by row, without the dense weight. Bitmap and CSR have the same values and offsets, so
+ * that only bits or indices are made, and a kept zero stays kept. N:M takes the nonzero values: what comes out is what
+ * packing the unpacked weight gives. Between CSR and N:M go through a bitmap. SPARC3_ERROR_FORMAT where the weight
+ * contradicts itself.
+ *
+ * To N:M: as sparc3_nm_pack. From N:M: sparc3_nm_count_kept writes offsets [rows + 1], then sparc3_nm_to_bitmap `bits`
+ * and `values` [count], count = offsets[rows]. */
+SPARC3_API int sparc3_bitmap_to_csr(const sparc3_bitmap *weight, void *indices, int threads);
+SPARC3_API int sparc3_csr_to_bitmap(const sparc3_csr *weight, uint8_t *bits, int threads);
+SPARC3_API int sparc3_bitmap_to_nm(const sparc3_bitmap *weight, int n, int m, void *values, uint8_t *indices,
+                                   uint64_t *wrong, int threads);
+SPARC3_API int sparc3_nm_count_kept(const sparc3_nm *weight, int64_t *offsets, int threads);
+SPARC3_API int sparc3_nm_to_bitmap(const sparc3_nm *weight, const int64_t *offsets, uint8_t *bits, void *values,
+                                   size_t count, int threads);
+
 #ifdef __cplusplus
 }
 #endif

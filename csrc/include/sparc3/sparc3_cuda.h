@@ -101,6 +101,19 @@ SPARC3_API int sparc3_cuda_two_of_four_linear(const sparc3_cuda_two_of_four *wei
                                               const void *bias, void *y, void *workspace, size_t workspace_size,
                                               void *stream);
 
+/* ---- conversion -----------------------------------------------------------------------------------------------
+ *
+ * As in sparc3.h, with pointers to the device, bits aligned to 4 bytes. `*wrong`, on the device, becomes the first group
+ * that is not N:M, or UINT64_MAX.
+ */
+SPARC3_API int sparc3_cuda_bitmap_to_csr(const sparc3_bitmap *weight, void *indices, void *stream);
+SPARC3_API int sparc3_cuda_csr_to_bitmap(const sparc3_csr *weight, uint8_t *bits, void *stream);
+SPARC3_API int sparc3_cuda_bitmap_to_nm(const sparc3_bitmap *weight, int n, int m, void *values, uint8_t *indices,
+                                        uint64_t *wrong, void *stream);
+SPARC3_API int sparc3_cuda_nm_count_kept(const sparc3_nm *weight, int64_t *offsets, void *stream);
+SPARC3_API int sparc3_cuda_nm_to_bitmap(const sparc3_nm *weight, const int64_t *offsets, uint8_t *bits, void *values,
+                                        size_t count, void *stream);
+
 #ifdef __cplusplus
 }
 #endif
