@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from sparc3_kernels.native import HUGE_PAGE, huge_empty
+from sparc3_kernels.native import HUGE_PAGE, drop_mapped_pages, huge_empty
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -123,10 +123,14 @@ def move_to_huge_pages(module: nn.Module) -> None:
     """Copy the module's own large CPU tensors to memory in 2 MB pages, where the system grants them.
 
     Tensors as loaded may lie in the mapped file, with pages of 4 kB, and decoding reads all of them for each token.
+    Copied pages of the file leave memory at once: the mapping lives as long as any dense weight lies in it, and would
+    hold the packed weights a second time.
     """
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         if tensor.device.type == "cpu" and tensor.nbytes >= HUGE_PAGE:
-            tensor.data = huge_empty(tensor.shape, tensor.dtype).copy_(tensor.data)
+            loaded = tensor.data
+            tensor.data = huge_empty(tensor.shape, tensor.dtype).copy_(loaded)
+            drop_mapped_pages(loaded)
 
 
 def check_files(files: Iterable[str | Path], packings: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from packed import FORMATS, changed, packed
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sparc3_kernels import native
 from tiny import CONFIGS, attentions, batch
@@ -16,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import sparc3
 from sparc3.errors import InputError
+from sparc3.quantizer import move_to_huge_pages
 from sparc3.runtime import SparseLinear
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -363,3 +365,33 @@ def test_a_shard_that_is_missing_its_weight_is_refused(tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(InputError, match=f"{Q} is packed as bitmap and lacks its bits"):
         load(tmp_path / "cut")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc/self/smaps")
+def test_a_loaded_weight_is_in_memory_once(tmp_path: Path) -> None:
+    """Copied to huge pages, it leaves the pages of the mapped file, which a dense weight beside it keeps mapped."""
+    file = tmp_path / "model.safetensors"
+    values = torch.randint(0, 255, (3 * native.HUGE_PAGE,), dtype=torch.uint8)
+    save_file({"packed": values, "dense": torch.ones(64)}, file)
+    module = torch.nn.Module()
+    with safe_open(file, framework="pt") as opened:
+        dense, mapped = opened.get_tensor("dense"), opened.get_tensor("packed")
+    module.register_buffer("packed", mapped)
+    assert torch.equal(module.packed, values)
+    assert resident(file) > values.nbytes
+    move_to_huge_pages(module)
+    assert resident(file) < values.nbytes / 8
+    assert torch.equal(module.packed, values)
+    assert torch.equal(mapped, values)
+    assert torch.equal(dense, torch.ones(64))
+
+
+def resident(file: Path) -> int:
+    """Bytes of a mapped file that are in the memory of this process."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split()[0].endswith(":"):
+            inside = line.endswith(str(file))
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
