@@ -66,7 +66,7 @@ def decode(
 
     from sparc3.decode_bench import matrices_of, measure
     from sparc3.decode_peers import implementations
-    from sparc3.decode_report import joined, remarks, tables
+    from sparc3.decode_report import crossovers, joined, remarks, tables
     from sparc3.export import check_new
     from sparc3.models import usable_device
     from sparc3.report import versions
@@ -121,7 +121,8 @@ def decode(
         console.show_json(result)
         return
     saved = [f"Saved {out}: decode.json, decode.md (every matrix), decode.png"] if out is not None else []
-    console.show(*tables(result["lines"]), *remarks(result["lines"]), *saved)
+    lines = result["lines"]
+    console.show(*tables(lines), *crossovers(lines), *remarks(lines), *saved)
 
 
 def _earlier(out: Path | None) -> dict[str, Any]:

@@ -92,6 +92,32 @@ def remarks(lines: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
+def crossovers(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """For ours at each sparsity, up to which of the batches measured a block is no slower than the best dense."""
+    ratios: dict[tuple[str, str], dict[int, float]] = {}
+    for line in lines:
+        if line["matrix"] == "block" and line["kind"] in ("sparc3", "own") and line["ratio"] is not None:
+            ratios.setdefault((line["implementation"], line["sparsity"]), {})[line["batch"]] = line["ratio"]
+    found = []
+    for (name, sparsity), of_batch in ratios.items():
+        batches = sorted(of_batch)
+        slower = [batch for batch in batches if of_batch[batch] < 1]
+        if len(batches) < 2:
+            continue
+        if not slower:
+            text = f"no slower than dense at any batch measured, {batches[0]} to {batches[-1]}"
+        elif slower == batches:
+            text = f"slower than dense at every batch measured, {batches[0]} to {batches[-1]}"
+        elif slower == batches[-len(slower) :]:
+            text = f"no slower than dense up to batch {batches[-len(slower) - 1]}, slower from {slower[0]} on"
+        else:
+            text = (
+                f"slower than dense at batch {', '.join(map(str, slower))} of {', '.join(map(str, batches))}"
+            )
+        found.append(f"Crossover: {name} at {share(sparsity)} is {text}")
+    return found
+
+
 def markdown(result: dict[str, Any]) -> str:
     """Every figure as Markdown tables."""
     head = (
@@ -121,6 +147,8 @@ def markdown(result: dict[str, Any]) -> str:
                 else f"{line['ratio']:.2f}" + (" (slower)" if line["ratio"] < 1 else ""),
             )
             parts.append(f"| {' | '.join(cells)} |\n")
+    if found := crossovers(result["lines"]):
+        parts.append("\n## Where dense takes over\n\n" + "".join(f"- {line}\n" for line in found))
     return "".join(parts)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from sparc3_kernels.native import HUGE_PAGE, drop_mapped_pages, huge_empty
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -32,17 +32,21 @@ class Sparc3Config(QuantizationConfigMixin):
         version: of the format.
 
     Raises:
-        InputError: a newer version, or an entry that cannot be read.
+        InputError: another version, or entries that cannot be read.
     """
 
-    def __init__(self, modules: dict[str, Any], version: int = VERSION, quant_method: str = METHOD) -> None:
+    def __init__(
+        self, modules: dict[str, Any] | None = None, version: int = VERSION, quant_method: str = METHOD
+    ) -> None:
         from sparc3.runtime import Packing
 
         if version != VERSION:
             raise InputError(
-                f"the model is packed in version {version} of the sparc3 format, and this one reads version "
+                f"the model is packed in version {version!r} of the sparc3 format, and this one reads version "
                 f"{VERSION}: update sparc3"
             )
+        if not isinstance(modules, dict):
+            raise InputError("config.json is damaged: its quantization_config has no modules, by their names")
         self.quant_method: Any = quant_method
         self.version = version
         self.modules = {name: Packing.read(name, entry).entry() for name, entry in modules.items()}
@@ -142,12 +146,22 @@ def check_files(files: Iterable[str | Path], packings: dict[str, Any]) -> None:
     from sparc3.runtime import check_packed
 
     where: dict[str, Any] = {}
-    opened = [safe_open(file, framework="pt") for file in files if str(file).endswith(".safetensors")]
-    for file in opened:
-        where |= dict.fromkeys(file.keys(), file)
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            opened = _opened(file)
+            where |= dict.fromkeys(opened.keys(), opened)
     if not where:
         return
     for name, packing in packings.items():
         keys = {part: f"{name}.{part}" for part in packing.layout()}
         tensors = {part: where[key].get_tensor(key) for part, key in keys.items() if key in where}
         check_packed(name, packing, tensors)
+
+
+def _opened(file: str | Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise InputError(
+            f"{file} is a damaged or incomplete safetensors file ({error}); fetch or export it again"
+        ) from error

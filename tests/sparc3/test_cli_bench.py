@@ -1,5 +1,6 @@
 """sparc3 bench decode: the table holds what was measured, and nothing that was wrong."""
 
+import itertools
 import json
 import os
 
@@ -167,6 +168,47 @@ def test_slower_is_said():
         "Slower than dense: sparc3 csr, block at 50 %, batch 1: 0.50x",
         "Not timed: mine, block at 50 %, batch 1: wrong result",
     ]
+
+
+def test_the_crossover_is_said():
+    def lines_of(name, kind, sparsity, ratios):
+        return [
+            Timing("block", 0, 0, 7, sparsity, batch, name, kind, 1.0, 10, 0.5, ratio).line()
+            for batch, ratio in ratios.items()
+        ]
+
+    said = decode_report.crossovers(
+        [
+            *lines_of("sparc3 bitmap", "sparc3", "0.5", {256: 0.7, 1: 1.4, 64: 1.0, 128: 0.99}),
+            *lines_of("sparc3 bitmap", "sparc3", "0.9", {1: 4.0, 64: 1.2}),
+            *lines_of("sparc3 nm", "sparc3", "2:4", {1: 1.3, 8: 0.9, 64: 1.1}),
+            *lines_of("mine", "own", "0.5", {1: 0.3, 64: 0.2}),
+            *lines_of("torch CSR", "peer", "0.5", {1: 0.3, 64: 0.2}),
+            *lines_of("sparc3 csr", "sparc3", "0.5", {1: 0.3}),
+            *lines_of("sparc3 csr", "sparc3", "0.7", {1: None, 64: None}),
+        ]
+    )
+    assert said == [
+        "Crossover: sparc3 bitmap at 50 % is no slower than dense up to batch 64, slower from 128 on",
+        "Crossover: sparc3 bitmap at 90 % is no slower than dense at any batch measured, 1 to 64",
+        "Crossover: sparc3 nm at 2:4 is slower than dense at batch 8 of 1, 8, 64",
+        "Crossover: mine at 50 % is slower than dense at every batch measured, 1 to 64",
+    ]
+
+
+def test_a_run_finds_the_crossover_by_its_clock(room, base, monkeypatch):
+    """Ours take a second a vector by the clock of the test, dense products ten for any number."""
+    batches = itertools.cycle((1, 8, 64))
+
+    def seconds(calls, device):
+        batch = next(batches)
+        return {name: float(batch) if name.startswith("sparc3") else 10.0 for name in calls}
+
+    monkeypatch.setattr(decode_bench, "_interleaved", seconds)
+    arguments = ("--sparsity", ".5", "--batch", "1,8,64", "--only", "sparc3 bitmap", "--out", "out")
+    line = "Crossover: sparc3 bitmap at 50 % is no slower than dense up to batch 8, slower from 64 on"
+    assert line in succeed("bench", "decode", "--shape", base, *arguments).splitlines()
+    assert f"- {line}" in (room / "out/decode.md").read_text().splitlines()
 
 
 def test_the_command_writes_table_plot_and_json(room, base):

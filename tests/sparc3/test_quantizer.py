@@ -318,6 +318,10 @@ def rename(tensors, config):
         ("bitmap", entry(shape=[64, 16]), f"{Q} is damaged|says that {Q} is"),
         ("bitmap", rename, "lists a packed model.layers.7.mlp.up_proj, and the model has no such module"),
         ("bitmap", settings(version=2), "packed in version 2 .* reads version 1: update sparc3"),
+        ("bitmap", settings(version="1"), "packed in version '1' .* reads version 1"),
+        ("bitmap", settings(modules=[Q]), "config.json is damaged: its quantization_config has no modules"),
+        ("bitmap", settings(modules=None), "config.json is damaged: its quantization_config has no modules"),
+        ("bitmap", settings(modules={Q: "bitmap"}), f"config.json is damaged: its entry for {Q}"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, format, damage, message):
@@ -340,6 +344,8 @@ def test_a_truncated_file_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match=r"model.safetensors: damaged or incomplete"):
         sparc3.load(tmp_path / "out")
+    with pytest.raises(InputError, match=r"model.safetensors is a damaged or incomplete safetensors file"):
+        load(tmp_path / "out")
 
 
 def test_a_damaged_state_dict_is_refused_by_name(tmp_path):
