@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from sparc3.errors import InputError
-from sparc3.runtime import pack_linear
+from sparc3.pack import pack_linear
 
 Call = Callable[[], Any]
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.errors import InputError
-from sparc3.formats import check_format, pack_model, summary
+from sparc3.formats import check_format, pack_model, repack_model, summary
 from sparc3.mask import Mask
 from sparc3.models import NOTE_FILE
 from sparc3.quantizer import Sparc3Config, check_files
@@ -114,27 +114,30 @@ def save_pretrained(
         force: replace a folder that exists, once the new one is complete.
         note: of the base (sparc3.load(...).note), for whoever loads the folder with ``sparc3.load``.
         extra: writes more files into the folder that it is given, before it takes its name.
-        format: dense, or how the pruned weights are packed (sparc3.formats.pack_model).
+        format: dense, or how the pruned weights are packed (sparc3.formats.pack_model). Of a model that is packed
+            already, how they are packed from now on (repack_model).
         progress: called with 1 for every weight packed.
 
     Returns:
         What ``pack_model`` chose for every pruned weight; empty for dense. The report gets it too, as "export".
 
     Raises:
-        InputError: the mask is for another model, the format cannot hold a weight, the model is packed already, or
-            the folder cannot be written.
+        InputError: the mask is for another model, the format cannot hold a weight, a packed model is given a mask or
+            asked for dense or auto, or the folder cannot be written.
     """
     check_format(format)
-    if any(isinstance(module, SparseLinear) for module in model.modules()):
-        raise InputError(
-            "the model is packed already; save it with its own save_pretrained, or dequantize() it first"
-        )
     linears: dict[str, SparseLinear] = {}
     choices: dict[str, dict[str, Any]] = {}
-    if format != "dense":
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        if mask is not None:
+            raise InputError(
+                "the model is packed already: its zeros are gone, and no mask can be applied to it"
+            )
+        linears, choices = repack_model(model, format, progress)
+    elif format != "dense":
         linears, choices = pack_model(model, mask, format, progress)
-        if report is not None:
-            report = report | {"export": {"asked": format, **summary(choices), "tensors": choices}}
+    if choices and report is not None:
+        report = report | {"export": {"asked": format, **summary(choices), "tensors": choices}}
     with new_folder(path, force) as folder:
         with _quantization_config(model, linears):
             state = _state(model, mask, linears)
@@ -156,9 +159,13 @@ def save_pretrained(
 
 @contextmanager
 def _quantization_config(model: PreTrainedModel, linears: Mapping[str, SparseLinear]) -> Iterator[None]:
-    """Within the context the config describes the packed linears, or nothing where there are none."""
+    """Within the context the config describes the packed linears, or nothing where there are none.
+
+    The quantizer that a packed model was loaded by is out of the way: it would have its own state dict written.
+    """
     config = model.config
     before = config.__dict__.pop("quantization_config", None)
+    quantizer = model.__dict__.pop("hf_quantizer", None)
     if linears:
         config.quantization_config = Sparc3Config(
             {name: one.packing.entry() for name, one in linears.items()}
@@ -169,6 +176,8 @@ def _quantization_config(model: PreTrainedModel, linears: Mapping[str, SparseLin
         config.__dict__.pop("quantization_config", None)
         if before is not None:
             config.quantization_config = before
+        if quantizer is not None:
+            model.__dict__["hf_quantizer"] = quantizer
 
 
 def _state(

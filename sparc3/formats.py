@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from sparc3.errors import InputError
 from sparc3.families import Prunable, prunable
 from sparc3.mask import Mask
-from sparc3.runtime import FORMATS, SparseLinear, pack_linear
+from sparc3.pack import pack_linear, repack_linear
+from sparc3.runtime import FORMATS, SparseLinear
 from sparc3.select import parse_pattern
 from sparc3.timing import cold_seconds
 
@@ -65,6 +66,40 @@ def pack_model(
         choices[name] = choice
         if linear is not None:
             linears[name.removesuffix(".weight")] = linear
+        if progress is not None:
+            progress(1)
+    return linears, choices
+
+
+def repack_model(
+    model: PreTrainedModel, format: str, progress: Callable[[int], None] | None = None
+) -> tuple[dict[str, SparseLinear], dict[str, dict[str, Any]]]:
+    """The packed linears of a packed model in another format; the model is not changed.
+
+    Args:
+        format: bitmap | nm | csr.
+        progress: called with 1 for every weight done.
+
+    Returns:
+        As ``pack_model``.
+
+    Raises:
+        InputError: another format, or a weight that is not N:M.
+    """
+    if format not in FORMATS:
+        raise InputError(
+            f"the model is packed already; it can be written as {', '.join(FORMATS)}, not as {format}: export the "
+            "dense model with its mask instead"
+        )
+    linears: dict[str, SparseLinear] = {}
+    choices: dict[str, dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, SparseLinear):
+            continue
+        linears[path] = repack_linear(module, format)
+        size = module.out_features * module.in_features * module.weight.element_size()
+        stored = {"format": format, "bytes": _bytes(linears[path])}
+        choices[f"{path}.weight"] = {**stored, "dense_bytes": size, "why": "asked for"}
         if progress is not None:
             progress(1)
     return linears, choices

@@ -351,43 +351,6 @@ class CSRLinear(SparseLinear):
 FORMATS: dict[str, type[SparseLinear]] = {kind.format: kind for kind in (BitmapLinear, NMLinear, CSRLinear)}
 
 
-def pack_linear(
-    weight: torch.Tensor,
-    format: str,
-    bias: torch.Tensor | None = None,
-    n: int = 0,
-    m: int = 0,
-    name: str = "weight",
-    transposed: bool = False,
-) -> SparseLinear:
-    """The packed linear of a dense weight.
-
-    Args:
-        weight: [out, in], fp32, bf16 or fp16, its pruned weights zero.
-        format: a key of ``FORMATS``.
-        bias: [out] or None.
-        n, m: the pattern of format nm.
-        name: of the weight, for messages.
-        transposed: the model stores the dense weight as [in, out].
-
-    Raises:
-        InputError: the weight does not have the pattern, or is of another dtype.
-    """
-    if weight.dtype not in DTYPES:
-        raise InputError(f"{name} is {weight.dtype}; packed weights are float32, bfloat16 or float16")
-    try:
-        tensors = FORMATS[format].pack_weight(weight.detach(), n, m)
-    except ValueError as error:
-        raise InputError(f"{name} cannot be packed as {format}: {error}") from error
-    shape = (weight.shape[0], weight.shape[1])
-    packing = Packing(format, shape, tensors["weight"].numel(), n, m, transposed)
-    linear = FORMATS[format](packing, bias is not None, name, weight.dtype, "meta")
-    if bias is not None:
-        tensors["bias"] = bias.detach()
-    linear.load_state_dict(tensors, assign=True)
-    return linear
-
-
 def check_packed(name: str, packing: Packing, tensors: Mapping[str, torch.Tensor]) -> None:
     """InputError naming the weight unless the stored tensors are what ``packing`` says and agree with each other."""
     for part, (shape, dtype) in packing.layout().items():

@@ -89,6 +89,12 @@ def test_refusals(room, base, mask, message, arguments):
     refuse(room, message, "export", base, *given, *arguments, *out)
 
 
-def test_a_packed_model_is_not_packed_again(room, base, mask):
-    succeed("export", base, "--mask", mask, "--format", "bitmap", "--out", "out")
-    refuse(room, "packed already", "export", "out", "--format", "csr", "--out", "again")
+def test_a_packed_model_is_written_in_another_format(room, base, mask):
+    for format in ("bitmap", "csr"):
+        succeed("export", base, "--mask", mask, "--format", format, "--out", format)
+    assert "Saved again" in succeed("export", "bitmap", "--format", "csr", "--out", "again")
+    assert (room / "again/model.safetensors").read_bytes() == (room / "csr/model.safetensors").read_bytes()
+    modules = json.loads((room / "again/config.json").read_text())["quantization_config"]["modules"]
+    assert json.loads((room / "again/report.json").read_text())["export"]["formats"] == {"csr": len(modules)}
+    refuse(room, "packed already", "export", "bitmap", "--out", "dense")
+    refuse(room, "packed already", "export", "bitmap", "--format", "auto", "--out", "auto")

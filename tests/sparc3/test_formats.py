@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from packed import magnitude, packed
+from safetensors.torch import load_file
 from sparc3_kernels.select import pack_bits
 from tiny import batch, build
 from transformers import AutoModelForCausalLM
@@ -14,7 +15,8 @@ from sparc3.errors import InputError
 from sparc3.export import save_pretrained
 from sparc3.formats import pack_model, sparsify_, summary
 from sparc3.mask import Mask
-from sparc3.runtime import SparseLinear, pack_linear
+from sparc3.pack import pack_linear, repack_linear
+from sparc3.runtime import SparseLinear
 from sparc3.scores import attribute
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -213,9 +215,50 @@ def test_what_cannot_be_packed_is_refused_by_name(tmp_path):
         pack_linear(torch.ones(2, 4), "nm", n=1, m=4, name="w")
     with pytest.raises(InputError, match="the mask was made for another model"):
         pack_model(build("llama", seed=1), magnitude(model, "row"), "bitmap")
+
+
+@pytest.mark.parametrize("to", ["bitmap", "nm", "csr"])
+@pytest.mark.parametrize("source", ["bitmap", "nm", "csr"])
+def test_a_packed_model_in_another_format(tmp_path, source, to):
+    """The bytes that packing the dense model so gives, also of GPT-2's transposed weights with biases."""
+    model = build("gpt2")
+    mask = magnitude(model, "nm")
+    for format in {source, to}:
+        save_pretrained(model, mask, tmp_path / format, format=format)
+    save_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / source), None, tmp_path / "again", format=to
+    )
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("again", to))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("again", to)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+def test_what_a_packed_model_cannot_become_is_refused(tmp_path):
     packed(tmp_path / "out")
-    with pytest.raises(InputError, match="the model is packed already"):
-        save_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), None, tmp_path / "again")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with pytest.raises(InputError, match="the model is packed already; it can be written as bitmap, nm, csr"):
+        save_pretrained(model, None, tmp_path / "again")
+    with pytest.raises(InputError, match=r"the model is packed already: .* no mask can be applied"):
+        save_pretrained(model, magnitude(build("llama"), "row"), tmp_path / "again", format="csr")
+    with pytest.raises(
+        InputError, match=r"cannot be packed as nm: the weight is not 2:4: .*; the weight is not 4:8"
+    ):
+        save_pretrained(model, None, tmp_path / "again", format="nm")
+
+
+def test_repacking_keeps_the_pattern_and_the_linear():
+    weight = torch.zeros(3, 32)
+    weight[:, :8] = torch.arange(1.0, 25.0).view(3, 8)
+    linear = pack_linear(weight, "csr", name="w")
+    assert repack_linear(linear, "csr") is linear
+    found = repack_linear(linear, "nm")
+    assert (found.packing.n, found.packing.m) == (8, 16)
+    assert torch.equal(found.dense(), weight)
+    assert linear.format == "csr"
 
 
 def test_the_mask_of_8_of_16_is_found():
