@@ -3,7 +3,8 @@
     python bench/packed_kernels.py bench/results/packed-kernels-cpu.json
 
 Every matrix is rotated among copies of more than 192 MB in all, so that nothing is served from a cache. Dense is
-torch in bf16, as `W @ x.T` or `linear`, whichever is faster. Medians of interleaved calls.
+torch in bf16, as `W @ x.T` or `linear`, whichever is faster. Medians of interleaved calls. Shapes that an earlier run
+of the same machine measured and this one does not stay in the file.
 """
 
 import argparse
@@ -19,7 +20,6 @@ import torch
 from sparc3_kernels import native
 from torch import Tensor
 
-MATRICES = ((4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672))
 SHAPES = {
     "4096x4096": (4096, 4096),
     "4096x11008": (4096, 11008),
@@ -55,12 +55,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--batches", default="1,4,16")
+    parser.add_argument("--batches", default="1,2,4,8,16,32,64,128")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
+    machine = {
+        "cpu": next(
+            line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
+        ),
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "isa": native.info()["cpu"]["isa"],
+        "torch": torch.__version__,
+    }
+    chosen, rows_out = options.shapes.split(","), []
+    if options.out.exists():
+        earlier = json.loads(options.out.read_text())
+        if earlier["machine"] == machine:
+            rows_out = [row for row in earlier["rows"] if row["shape"] not in chosen]
     torch.manual_seed(0)
-    rows_out = []
-    for name in options.shapes.split(","):
+    for name in chosen:
         rows, columns = SHAPES[name]
         dense = pruned(rows, columns, 0.5)
         calls = {
@@ -90,15 +103,6 @@ def main() -> None:
             row |= {f"{call} x": round(best / ms, 3) for call, ms in median.items()}
             rows_out.append(row)
             print(row, flush=True)
-    machine = {
-        "cpu": next(
-            line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
-        ),
-        "system": f"{platform.system()} {platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "isa": native.info()["cpu"]["isa"],
-        "torch": torch.__version__,
-    }
     options.out.write_text(
         json.dumps({"machine": machine, "unit": "times the best dense", "rows": rows_out}, indent=1)
     )
