@@ -107,7 +107,8 @@ def plots(data: dict[str, Any], path: Path) -> None:
                 (each[0]["fraction"], _mean(point["faithfulness"] for point in each)) for each in points
             ]
         seeds = len({row["seed"] for row in part})
-        title = f"{data['model']}, indirect objects, {ablation} ablation, {seeds} seeds x {examples} examples"
+        drawn = f"{seeds} seed{'s' if seeds > 1 else ''} x {examples} examples"
+        title = f"{data['model']}, indirect objects, {ablation} ablation, {drawn}"
         plot_faithfulness(curves, path.with_name(f"{path.stem}-{unit}-{ablation}.png"), title, f"{unit}s")
 
 
