@@ -13,9 +13,9 @@ bitmap_linear is y = x W^T + bias with W from these three, as `torch.nn.function
 are zeros that multiply, so an infinite input gives NaN as it does in a dense layer.
 
 Measured on 2 cores of an AMD EPYC with AVX-512 BF16, bf16, one vector, weights beyond the cache, against the better
-of torch's two dense products in the same run (bench/results/packed-kernels-cpu.json): 2.0 to 3.3 times as fast at
-50 %, 2.3 to 4.7 at 70 %, 3.8 to 5.3 at 90 %; with AVX2 alone 1.4 to 1.7, 1.5 to 1.7 and 1.7 to 1.9. For 16 vectors
-1.1 to 1.2 at 50 %, but 0.8 on 4096x11008.
+of torch's two dense products in the same run (bench/results/packed-kernels-cpu.json): 1.9 to 3.5 times as fast at
+50 %, 3.3 to 4.6 at 70 %, 4.5 to 6.4 at 90 %; with AVX2 alone 1.6 to 1.9, 1.8 to 2.3 and 2.2 to 2.5. For 16 vectors
+1.2 to 1.6 at 50 %, but 0.97 on 4096x11008.
 """
 
 import torch

@@ -10,8 +10,8 @@ from sparc3_kernels import native
 from sparc3_kernels.backend import choose
 
 # From so many vectors on a dense product of unpacked panels is no slower. Of torch's dense bf16 (2 Zen 4 cores, 50 %
-# bitmap, 4096x4096 and 11008x4096): packed 0.95-1.02 at 64 vectors, 0.95-0.97 at 128, 0.90 at 256, 0.88-0.93 at 512;
-# panels of 4096 rows 0.60-0.73, 0.77-0.82, 0.78-0.90, 0.89-0.92; smaller panels are slower.
+# bitmap, 4096x11008): packed 0.91 at 64 vectors, 0.92 at 128, 0.88 at 256, 0.87 at 512; panels of 4096 rows 0.84 at
+# 256, 0.92 at 512; smaller panels are slower.
 DENSE_BATCH = 512
 PANEL_ROWS = 4096
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
