@@ -1,19 +1,22 @@
-"""Our Wanda, RIA and SparseGPT beside the public code of their authors: same model, same windows, perplexity of both.
+"""Our peers beside the public code of their authors: same model, same windows, perplexity of both.
 
-    python bench/peer_code.py --wanda DIR --sparsegpt DIR --ria DIR
+    python bench/peer_code.py --wanda DIR --sparsegpt DIR --ria DIR --owl DIR --gblm DIR
 
-DIR are checkouts of github.com/locuslab/wanda, github.com/IST-DASLab/sparsegpt and
-github.com/biomedical-cybernetics/Relative-importance-and-activation-pruning; they are imported from where they are.
-Their scripts want transformers 4 on a GPU: what they call of it that is gone is given to them here, and their pruning
-functions run as they are. SparseGPT's own class runs inside Wanda's driver for it. Results go to
-bench/results/peer-code-MODEL.json.
+DIR are checkouts of github.com/locuslab/wanda, github.com/IST-DASLab/sparsegpt,
+github.com/biomedical-cybernetics/Relative-importance-and-activation-pruning, github.com/luuyin/OWL and
+github.com/VILA-Lab/GBLM-Pruner; they are imported from where they are. Their scripts want transformers 4 on a GPU:
+what they call of it that is gone is given to them here, and their pruning functions run as they are. SparseGPT's own
+class runs inside Wanda's driver for it. Results go to bench/results/peer-code-MODEL.json, row by row; rows that are
+there already are not run again.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +38,15 @@ from sparc3.samples import read_documents, windows
 
 RESULTS = Path(__file__).parent / "results"
 LENGTH = 128
+# OWL's published defaults; GBLM's factor on gradients.
+OWL_THRESHOLD, OWL_RANGE, GBLM_SCALE = 5.0, 0.08, 100
+METHODS = {
+    "wanda": ("row", "2:4"),
+    "ria": ("row", "2:4"),
+    "sparsegpt": ("layer", "2:4"),
+    "owl": ("row",),
+    "gblm": ("row", "2:4"),
+}
 console = Console(stderr=True, width=120)
 
 
@@ -80,11 +92,29 @@ def public_module(folder: Path, name: str) -> ModuleType:
     for loaded in [key for key in sys.modules if key.split(".")[0] in ("lib", "quant", "sparsegpt")]:
         del sys.modules[loaded]
     sys.modules.setdefault("datasets", ModuleType("datasets")).load_dataset = None  # type: ignore[attr-defined]
+    # By name: loading a model may have put another module object in place of the one that was imported first.
+    sys.modules["transformers"].AdamW = torch.optim.AdamW  # type: ignore[attr-defined]
+    # GBLM's script prints the versions of packages that are not there.
+    version, importlib.metadata.version = importlib.metadata.version, lambda package: "unknown"
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(name)
     finally:
         sys.path.remove(str(folder))
+        importlib.metadata.version = version
+
+
+def gblm_gradients(model: Any, calibration: torch.Tensor, folder: Path, path: Path) -> None:
+    """Write what GBLM's pruning reads: the L2 norm over samples of each weight's gradient, by their own class."""
+    found = public_module(folder, "gradient_computation").gradient_computation(model, GBLM_SCALE)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for number, row in enumerate(calibration, 1):
+        model(input_ids=row[None], labels=row[None]).loss.backward()
+        found.update_gradient(model, number)
+        model.zero_grad()
+    # Blocks are wrapped while they are pruned (``Layer``), which shows in the names.
+    torch.save({f"layer.{name}": total.sqrt().half() for name, total in found.gradients_l2.items()}, path)
 
 
 def theirs(
@@ -108,10 +138,30 @@ def theirs(
         lsa=False,
         semi_sparse_acc=False,
         per_outneuron=True,
+        Hyper_m=OWL_THRESHOLD,
+        Lamda=OWL_RANGE,
+        gradient_inv=False,
     )
     prune_n = group - kept
+    with tempfile.TemporaryDirectory() as partial:
+        if method == "gblm":
+            arguments.gradient_path = str(Path(partial) / "gradients.pt")
+            gblm_gradients(model, calibration, folders["gblm"], Path(arguments.gradient_path))
+        _prune_publicly(model, calibration, method, arguments, prune_n, group, folders)
+
+
+def _prune_publicly(
+    model: Any,
+    calibration: torch.Tensor,
+    method: str,
+    arguments: SimpleNamespace,
+    prune_n: int,
+    group: int,
+    folders: dict[str, Path],
+) -> None:
     with as_transformers_4(model, calibration) as fit:
-        module = public_module(folders["ria" if method == "ria" else "wanda"], "lib.prune")
+        folder = folders["wanda" if method == "sparsegpt" else method]
+        module = public_module(folder, "lib.prune_all" if method == "owl" else "lib.prune")
         fit(module)
         if method == "sparsegpt":
             own = public_module(folders["sparsegpt"], "sparsegpt").SparseGPT
@@ -121,7 +171,7 @@ def theirs(
                     super().fasterprune(sparsity, prunen=prune_n, prunem=prune_m, **rest)
 
             module.SparseGPT = Adapted
-        run = getattr(module, f"prune_{method}")
+        run = getattr(module, "prune_wanda_outlier" if method == "owl" else f"prune_{method}")
         run(arguments, model, None, torch.device("cpu"), prune_n=prune_n, prune_m=group)
 
 
@@ -129,47 +179,69 @@ def main(
     wanda: Annotated[Path, typer.Option(help="A checkout.")],
     sparsegpt: Annotated[Path, typer.Option(help="A checkout.")],
     ria: Annotated[Path, typer.Option(help="A checkout.")],
+    owl: Annotated[Path, typer.Option(help="A checkout.")],
+    gblm: Annotated[Path, typer.Option(help="A checkout.")],
     model: str = "smollm2",
-    samples: int = 16,
-    judged: int = 16,
+    samples: int = 8,
+    judged: int = 12,
 ) -> None:
     """Prune by both codes and write what came out."""
-    folders = {"wanda": wanda, "sparsegpt": sparsegpt, "ria": ria}
-    rows = []
+    folders = {"wanda": wanda, "sparsegpt": sparsegpt, "ria": ria, "owl": owl, "gblm": gblm}
     loaded = load_benchmark_model(model)
     calibration = windows(loaded.tokenizer, read_documents([str(lee_background())]), LENGTH, samples, seed=0)
     held_out = windows(loaded.tokenizer, read_documents([str(lee())]), LENGTH, judged, seed=0)
-    dense = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-    for method in ("wanda", "ria", "sparsegpt"):
-        for pattern in ("row", "2:4"):
-            pattern = "layer" if method == "sparsegpt" and pattern == "row" else pattern
-            found = {}
-            # SparseGPT once more with the samples in reverse: the same sums but for their rounding.
-            for suffix, drawn in [("", calibration), ("_reversed", calibration.flip(0))]:
-                if suffix and method != "sparsegpt":
-                    continue
-                mask = prune(loaded.model, drawn, method, None if ":" in pattern else 0.5, pattern)
-                mask.apply(loaded.model)
-                found[f"ours{suffix}"], ours = _pruned(loaded.model, mask.bits, held_out, dense)
-                theirs(loaded.model, drawn, method, pattern, folders)
-                found[f"public{suffix}"], public = _pruned(loaded.model, mask.bits, held_out, dense)
-                if not suffix:
-                    found["ratio"] = found["ours"] / found["public"]
-                    same = sum(int((kept == public[name]).sum()) for name, kept in ours.items())
-                    found["same_mask"] = same / mask.total
-            rows.append({"method": method, "pattern": pattern, **found})
-            console.print(rows[-1])
-    data = {
+    target = RESULTS / f"peer-code-{model}.json"
+    header = {
         "model": model,
         "note": loaded.note,
         "calibration": {"windows": samples, "tokens": LENGTH},
         "judged": {"windows": len(held_out), "tokens": LENGTH},
-        "commits": {name: _commit(folder) for name, folder in folders.items()},
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": versions(),
-        "results": rows,
     }
-    (RESULTS / f"peer-code-{model}.json").write_text(json.dumps(data, indent=1) + "\n")
+    earlier = json.loads(target.read_text()) if target.exists() else {}
+    same = all(earlier.get(key) == value for key, value in header.items())
+    rows: list[dict[str, Any]] = earlier["results"] if same else []
+    for method, patterns in METHODS.items():
+        for pattern in patterns:
+            if any((row["method"], row["pattern"]) == (method, pattern) for row in rows):
+                continue
+            rows.append(_both(loaded.model, calibration, held_out, method, pattern, folders))
+            console.print(rows[-1])
+            data = header | {
+                "commits": {name: _commit(folder) for name, folder in folders.items()},
+                "date": time.strftime("%Y-%m-%d"),
+                "versions": versions(),
+                "results": rows,
+            }
+            target.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _both(
+    model: Any,
+    calibration: torch.Tensor,
+    held_out: torch.Tensor,
+    method: str,
+    pattern: str,
+    folders: dict[str, Path],
+) -> dict[str, Any]:
+    """Perplexity after ours and after the public code, and the share of weights on which their masks agree."""
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    allocate = {"allocate": "owl"} if method == "owl" else {}
+    found = {}
+    # SparseGPT once more with the samples in reverse: the same sums but for their rounding.
+    for suffix, drawn in [("", calibration), ("_reversed", calibration.flip(0))]:
+        if suffix and method != "sparsegpt":
+            continue
+        ours_by = "wanda" if method == "owl" else method
+        mask = prune(model, drawn, ours_by, None if ":" in pattern else 0.5, pattern, **allocate)
+        mask.apply(model)
+        found[f"ours{suffix}"], ours = _pruned(model, mask.bits, held_out, dense)
+        theirs(model, drawn, method, pattern, folders)
+        found[f"public{suffix}"], public = _pruned(model, mask.bits, held_out, dense)
+        if not suffix:
+            found["ratio"] = found["ours"] / found["public"]
+            same = sum(int((kept == public[name]).sum()) for name, kept in ours.items())
+            found["same_mask"] = same / mask.total
+    return {"method": method, "pattern": pattern, **found}
 
 
 def _pruned(

@@ -27,6 +27,7 @@ console = Console(stderr=True, width=120)
 def main(
     experiments: Annotated[list[str] | None, typer.Argument()] = None,
     model: Annotated[list[str] | None, typer.Option(help="smollm2 | gemma3; both if none")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Draws of calibration text; the scale's if none")] = None,
 ) -> None:
     """Measure what is missing and write report.json, table.md and plot.png of each experiment."""
     with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +41,7 @@ def main(
             judged = {"judged": texts[1].name} if name in ("table1", "samples") else {}
             text = {} if name == "ioi" else {"calibration": texts[0].name, **judged}
             given = [path.name for path in models]
-            run = Run.open(name, "reduced", RESULTS / f"reproduce-{name}", models=given, **text)
+            run = Run.open(name, "reduced", RESULTS / f"reproduce-{name}", models=given, seeds=seeds, **text)
             run.finish(lambda words: console.print(words))
         os.chdir(RESULTS)
 
