@@ -224,8 +224,11 @@ def _draw_samples(axes: Any, config: dict[str, Any], results: Results, model: st
         for count, value in paper.get(method, {}).items():
             axes.plot(count, value, "x", color=_colour(method), markersize=9)
     axes.set_xscale("log")
+    axes.set_xticks(config["counts"], [str(count) for count in config["counts"]])
+    axes.minorticks_off()
     axes.set_xlabel("reference samples (log scale)")
-    axes.set_ylabel("perplexity")
+    axes.set_yscale("log")
+    axes.set_ylabel("perplexity (log scale)")
     axes.legend(frameon=False)
 
 
