@@ -9,9 +9,8 @@ from torch import Tensor
 from sparc3_kernels import native
 from sparc3_kernels.backend import choose
 
-# From so many vectors on a dense product of unpacked panels is no slower. Of torch's dense bf16 (2 Zen 4 cores, 50 %
-# bitmap, 4096x11008): packed 0.91 at 64 vectors, 0.92 at 128, 0.88 at 256, 0.87 at 512; panels of 4096 rows 0.84 at
-# 256, 0.92 at 512; smaller panels are slower.
+# From so many vectors on, panels of PANEL_ROWS are unpacked for a dense product. Both were chosen by one probe of a
+# 4096x11008 bitmap at 50 %; bench/results/packed-kernels-cpu.json measures up to 128 vectors.
 DENSE_BATCH = 512
 PANEL_ROWS = 4096
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

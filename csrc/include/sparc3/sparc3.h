@@ -157,9 +157,9 @@ SPARC3_API int sparc3_dense_input_gradient(const float *g, const float *w, size_
  * advance `bits` (or not: CSR) and `offsets`, and lower `rows`.
  *
  * Linear: y [batch, rows] = x [batch, columns] W^T + bias [rows] (NULL: none), all of the weight's dtype, products
- * summed up in fp32 (with AVX512_BF16, bf16 subnormals count as zero). One vector of a batch costs what it has to;
- * from some 100 vectors on, unpacking and a dense GEMM is as fast. Same input, same threads or not: same bits, on one
- * instruction set. The workspace is sparc3_linear_workspace_size bytes for every format.
+ * summed up in fp32 (with AVX512_BF16, bf16 subnormals count as zero). Same input, same threads or not: same bits, on
+ * one instruction set. The workspace is sparc3_linear_workspace_size bytes for every format. It is made for few vectors;
+ * up to how many it is faster than a dense GEMM depends on format, shape and machine (docs/sparse.md).
  */
 SPARC3_API size_t sparc3_linear_workspace_size(size_t rows, size_t columns, size_t batch, int threads);
 
