@@ -7,7 +7,6 @@ beside ours, and a plot.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -33,6 +32,8 @@ from sparc3.zero_shot import accuracies, check_installed
 EXPERIMENTS = ("table1", "samples", "concentration", "ioi", "toxicity", "repetition")
 SCALES = ("paper", "reduced", "smoke")
 HELD = (0.5, 0.9, 0.99)
+# Settings that say how many rows there are, and those that are words beside them: no row depends on either.
+_EXTENT, _WORDS = ("models", "seeds", "counts"), ("title", "source", "open", "paper")
 
 Tell = Callable[[str], None]
 Rows = Iterator[dict[str, Any]]
@@ -45,6 +46,7 @@ class Run:
     Attributes:
         config: the scale's settings over those of the experiment.
         rows: by key.
+        told: the settings of all rows, of which earlier runs may have measured more models, seeds and counts.
     """
 
     experiment: str
@@ -52,10 +54,12 @@ class Run:
     config: dict[str, Any]
     folder: Path
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, experiment: str, scale: str, folder: str | Path, **changes: Any) -> Run:
-        """Begin in a folder, or go on with what an interrupted run has left there.
+        """Begin in a folder, or go on with what an earlier run has left there, which may be of fewer models, seeds or
+        counts, or of more.
 
         Args:
             changes: settings of the scale to replace, None for none.
@@ -64,14 +68,15 @@ class Run:
             InputError: no such experiment, scale, setting or model, or the folder holds something else.
         """
         config = configuration(experiment, scale, **changes)
-        run = cls(experiment, scale, config, Path(folder))
+        run = cls(experiment, scale, config, Path(folder), told=config)
         report = run.folder / "report.json"
         if report.exists():
-            identity, run.rows = _earlier(report)
-            if identity != run.identity:
+            earlier, settings, run.rows = _earlier(report)
+            if earlier != experiment or _decisive(settings) != _decisive(config):
                 raise InputError(
                     f"{folder} holds another experiment or other settings; give another --out, or remove it"
                 )
+            run.told = _joined(config, settings)
         elif run.folder.exists() and any(run.folder.iterdir()):
             raise InputError(f"{folder} exists and holds no report of this experiment; give another --out")
         if not run.folder.parent.is_dir():
@@ -82,12 +87,6 @@ class Run:
         for name in config["models"]:
             check_there(name)
         return run
-
-    @property
-    def identity(self) -> str:
-        """What has to be equal for rows to be kept."""
-        settled = json.dumps([self.experiment, self.config], sort_keys=True)
-        return hashlib.sha256(settled.encode()).hexdigest()
 
     def finish(self, tell: Tell = lambda words: None) -> None:
         """Measure what is missing."""
@@ -103,7 +102,7 @@ class Run:
         for row in steps[self.experiment](self, tell):
             self.rows[row["key"]] = row
             self.write()
-        plot(self.experiment, self.config, self.results, self.folder / "plot.png")
+        plot(self.experiment, self.told, self.results, self.folder / "plot.png")
 
     def missing(self, *key: Any) -> str | None:
         """The key of a row, or None where it is there already."""
@@ -115,29 +114,50 @@ class Run:
         report = {
             "experiment": self.experiment,
             "scale": self.scale,
-            "identity": self.identity,
-            "settings": self.config,
+            "settings": self.told,
             "results": list(self.rows.values()),
             **versions(),
         }
         _replace_text(self.folder / "report.json", as_json(report) + "\n")
-        _replace_text(self.folder / "table.md", markdown(self.experiment, self.config, self.results))
+        _replace_text(self.folder / "table.md", markdown(self.experiment, self.told, self.results))
 
     @property
     def results(self) -> list[dict[str, Any]]:
         return list(self.rows.values())
 
 
-def _earlier(report: Path) -> tuple[str, dict[str, dict[str, Any]]]:
-    """(identity, rows by key) of a report.json; InputError where it is not one."""
+def _earlier(report: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
+    """(experiment, settings, rows by key) of a report.json; InputError where it is not one."""
     try:
         found = json.loads(report.read_text(encoding="utf-8"))
-        return found["identity"], {row["key"]: row for row in found["results"]}
+        settings = {
+            "models": found["settings"]["models"],
+            "seeds": found["settings"]["seeds"],
+            **found["settings"],
+        }
+        return found["experiment"], settings, {row["key"]: row for row in found["results"]}
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{report} is not a report of sparc3 reproduce, or it is damaged ({error}); give another --out, or "
             "remove it"
         ) from error
+
+
+def _decisive(config: dict[str, Any]) -> dict[str, Any]:
+    """What has to be equal for rows to stand beside each other, as report.json holds it."""
+    # The numbers removed in a correction are points within its rows.
+    rows = {name for name in _EXTENT if not isinstance(config.get(name), dict)}
+    settled = {name: value for name, value in config.items() if name not in (*rows, *_WORDS)}
+    return json.loads(json.dumps(settled))
+
+
+def _joined(config: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the models, seeds and counts of an earlier run of the same experiment too."""
+    both = {"models": [*dict.fromkeys([*earlier["models"], *config["models"]])]}
+    both["seeds"] = max(config["seeds"], earlier["seeds"])
+    if isinstance(config.get("counts"), list):
+        both["counts"] = sorted({*config["counts"], *earlier["counts"]})
+    return config | both
 
 
 def configuration(experiment: str, scale: str, **changes: Any) -> dict[str, Any]:

@@ -215,13 +215,48 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     refused = run(*command, "--out", out, "--length", 32)
     assert refused.exit_code == 2
     assert "another experiment or other settings" in refused.stderr
+    refused = run("reproduce", "concentration", "--scale", "smoke", "--out", out)
+    assert refused.exit_code == 2
+    assert "another experiment or other settings" in refused.stderr
+
+
+def test_a_run_goes_on_with_more_models_seeds_and_counts(tmp_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+
+    def measured(folder, **changes):
+        asked = Run.open("samples", "smoke", folder, **changes)
+        asked.finish()
+        return sorted((row["model"], row["count"], row["seed"], row["method"]) for row in asked.results)
+
+    first = measured(out, counts=[2], models=["tiny-llama"])
+    assert len(first) == 3
+    # Fewer are asked for than are there, and others: all stand in one report, and nothing is measured twice.
+    second = measured(out, counts=[4], models=["tiny-opt"], seeds=2)
+    assert len(second) == 3 + 6
+    assert {*first} < {*second}
+    third = measured(out, counts=[2, 4], models=["tiny-llama", "tiny-opt"], seeds=2)
+    assert len(third) == 2 * 2 * 2 * 3
+    assert third == measured(whole, counts=[2, 4], models=["tiny-llama", "tiny-opt"], seeds=2)
+    settings = read(out)["settings"]
+    assert settings == read(whole)["settings"]
+    assert (out / "table.md").read_text() == (whole / "table.md").read_text()
+    by_key = [{row["key"]: row["perplexity"] for row in read(folder)["results"]} for folder in (out, whole)]
+    assert by_key[0] == by_key[1]
+    # A complete run of less leaves what is there.
+    measured(out, counts=[2], models=["tiny-llama"])
+    assert read(out)["settings"] == settings
+    assert (out / "table.md").read_text() == (whole / "table.md").read_text()
 
 
 def test_wrong_words_are_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(sparc3.reproduce, "load", lambda *arguments, **options: 1 / 0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    for name, text in [("cut", '{"identity": "a", "res'), ("list", "[1]"), ("rows", '{"identity": "a"}')]:
+    for name, text in [
+        ("cut", '{"experiment": "samples", "res'),
+        ("list", "[1]"),
+        ("rows", '{"experiment": "samples", "settings": {"models": [], "seeds": 1}}'),
+    ]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(text)
     smoke = ("samples", "--scale", "smoke")
