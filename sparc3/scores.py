@@ -37,8 +37,9 @@ from sparc3.wrap import wrap
 if TYPE_CHECKING:
     from sparc3.mask import Mask
 
-# Tokens that go through the model at once; more fill a GEMM no better.
-TOKENS_IN_FLIGHT = 2048
+# Tokens that go through the model at once; more fill a GEMM no better. A CPU's are full with fewer, whose activations
+# a given memory holds of more blocks, so that less is recomputed.
+TOKENS_IN_FLIGHT, TOKENS_ON_CPU = 2048, 512
 # Weights that relevance is multiplied with at once, so that the temporaries stay small beside the largest tensor.
 _SCORED_AT_ONCE = 1 << 22
 
@@ -283,7 +284,8 @@ def batches_on(device: torch.device, samples: torch.Tensor | Sequence[Batch]) ->
     if len(samples) == 0:
         raise InputError("no reference samples are given")
     if isinstance(samples, torch.Tensor):
-        samples = list(batches(samples, max(1, TOKENS_IN_FLIGHT // samples.shape[1])))
+        tokens = TOKENS_ON_CPU if device.type == "cpu" else TOKENS_IN_FLIGHT
+        samples = list(batches(samples, max(1, tokens // samples.shape[1])))
     return [{name: value.to(device) for name, value in batch.items()} for batch in samples]
 
 

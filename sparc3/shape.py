@@ -64,6 +64,7 @@ class Shape:
 
     @property
     def batch_tokens(self) -> int:
+        """Of a batch, at most."""
         return min(self.samples, max(1, TOKENS_IN_FLIGHT // max(1, self.length))) * self.length
 
 

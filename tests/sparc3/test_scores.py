@@ -160,7 +160,7 @@ def test_windows_are_cut_into_batches(monkeypatch):
     model = build("llama")
     windows = torch.randint(3, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(7))
     whole = attribute(model, windows)
-    monkeypatch.setattr(sparc3.scores, "TOKENS_IN_FLIGHT", 30)
+    monkeypatch.setattr(sparc3.scores, "TOKENS_ON_CPU", 30)
     steps = []
     split = attribute(model, windows, progress=steps.append)
     assert steps == [2, 2, 1]
