@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparc3 import page
 from sparc3.correct import Correction, Found
@@ -14,6 +14,9 @@ from sparc3.mask import Mask
 from sparc3.models import Loaded
 from sparc3.report import METHOD_COLOURS, versions
 from sparc3.sweep import Measured
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Perplexity may become a hundred times worse as well as 0.1 %: then the axis is logarithmic from the second on.
 _WIDE, _LINEAR_TO = 0.1, 0.01
@@ -96,8 +99,11 @@ def combined_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]
 
 def draw(report: Mapping[str, Any], folder: Path) -> None:
     """Write correction.png and page.html into a folder."""
-    plot_correction(report, folder / "correction.png")
-    (folder / "page.html").write_text(correction_page(report), encoding="utf-8")
+    figure = correction_figure(report)
+    figure.savefig(folder / "correction.png", dpi=150)
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    (folder / "page.html").write_text(correction_page(report, drawn.getvalue()), encoding="utf-8")
 
 
 def _title(report: Mapping[str, Any]) -> str:
@@ -106,7 +112,7 @@ def _title(report: Mapping[str, Any]) -> str:
     return title + (f" ({model['note']})" if model["note"] else "")
 
 
-def plot_correction(report: Mapping[str, Any], path: Any, image: str = "png") -> None:
+def correction_figure(report: Mapping[str, Any]) -> Figure:
     """The share that shows the behaviour against perplexity, one line a method, one point a number removed.
 
     Where points lie too close for all their numbers, those of the saved one and of the larger ones are written.
@@ -164,13 +170,15 @@ def plot_correction(report: Mapping[str, Any], path: Any, image: str = "png") ->
         if all(abs(x - across) > _LABEL[0] or abs(y - up) > _LABEL[1] for across, up in placed):
             placed.append((x, y))
             axes.annotate(f"{point['count']:,}", place, xytext=(5, 5), textcoords="offset points", fontsize=8)
-    figure.savefig(path, dpi=150, format=image)
+    return figure
 
 
-def correction_page(report: Mapping[str, Any]) -> str:
-    """One HTML page: what changed, by how much, what was removed, and samples before and after side by side."""
-    drawn = io.StringIO()
-    plot_correction(report, drawn, "svg")
+def correction_page(report: Mapping[str, Any], plot: str) -> str:
+    """One HTML page: what changed, by how much, what was removed, and samples before and after side by side.
+
+    Args:
+        plot: SVG of ``correction_figure``.
+    """
     behaviour, prompts, after = report["behaviour"], report["prompts"], report["after"]
     columns = ("", "removed", "shown", "score", "tokens", "distinct", "perplexity", "change")
     rows = [("whole model", report["before"]), ("corrected", after), *combined_rows(report)]
@@ -194,7 +202,7 @@ def correction_page(report: Mapping[str, Any]) -> str:
                 ),
             ],
         ),
-        ("Behaviour against perplexity", [page.drawing(drawn.getvalue())]),
+        ("Behaviour against perplexity", [page.drawing(plot)]),
         (
             f"Before and after: the first {min(_SAMPLES, len(report['samples']))} of {len(report['samples'])}",
             [

@@ -13,7 +13,7 @@ from test_correct import PROMPTS, shouting
 import sparc3
 from sparc3.cli_correct import _check_found
 from sparc3.correct import Found
-from sparc3.correction_report import plot_correction
+from sparc3.correction_report import correction_figure
 from sparc3.errors import InputError
 from sparc3.mask import Mask
 from sparc3.sweep import Measured
@@ -105,7 +105,7 @@ def test_numbers_of_points_that_lie_together_are_not_written_over_each_other():
         "results": [{"settings": {"method": "lrp"}, "sweep": sweep}],
     }
     drawn = io.StringIO()
-    plot_correction(report, drawn, "svg")
+    correction_figure(report).savefig(drawn, format="svg")
     # Matplotlib writes each text as a comment beside its outlines.
     written = re.findall("<!-- ([0-9]+) -->", drawn.getvalue())
     assert written == ["40", "60", "2"]
