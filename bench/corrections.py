@@ -73,9 +73,7 @@ STUDIES = {
         },
         12,
     ),
-    "repetition": Study(
-        ("smollm2", "gemma3"), {"weight": (500, 1000, 2000, 4000, 8000), "neuron": (0.0005, 0.001)}, 50
-    ),
+    "repetition": Study(("smollm2", "gemma3"), {"weight": (2000, 8000, 0.0003), "neuron": (0.001,)}, 50),
     "toxicity": Study(("smollm2", "gemma3"), {"neuron": (8, 16)}, 20),
 }
 # (method, contrast, rule: None is the unit's default)
@@ -172,11 +170,18 @@ def run(
     spare: float | None,
     path: Path,
 ) -> None:
-    """Measure what the file does not hold yet."""
+    """Measure what the file does not hold yet.
+
+    Raises:
+        BadParameter: the file was measured at other sizes.
+    """
     study = STUDIES[name]
     data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    data |= {"study": name, "model": model, "versions": versions(), "examples": examples, "samples": samples}
-    data |= {"judged_windows": judged, "tokens": study.tokens}
+    sizes = {"examples": examples, "samples": samples, "judged_windows": judged, "tokens": study.tokens}
+    there = {size: data.get(size, number) for size, number in sizes.items()}
+    if there != sizes:
+        raise typer.BadParameter(f"{path.name} was measured with {there}, not {sizes}; give a --label")
+    data |= {"study": name, "model": model, "versions": versions(), **sizes}
     done = {_key(row) for row in data["rows"]}
     loaded = load_benchmark_model(model)
     data["note"] = loaded.note
@@ -303,10 +308,13 @@ def main(
             help="Leave out what costs more than its share of the budget; random removal never does."
         ),
     ] = True,
+    label: Annotated[
+        str, typer.Option(help="A file of its own for other sizes: correct-STUDY-MODEL-LABEL.")
+    ] = "",
 ) -> None:
     """Run a study, or go on with it."""
     for name in model or STUDIES[study].models:
-        path = RESULTS / f"correct-{study}-{Path(name).name}.json"
+        path = RESULTS / f"{'-'.join(filter(None, ('correct', study, Path(name).name, label)))}.json"
         chosen = [
             row
             for row in METHODS
