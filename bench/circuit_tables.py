@@ -15,7 +15,9 @@ def markdown(data: dict[str, Any]) -> str:
     """A heading, what was measured, and the tables of the study."""
     note = f" ({data['note']})" if data["note"] else ""
     lines = [f"### {data['study']}, {data['model']}{note}\n"]
-    tables = {"agreement": _agreement, "rules": _rules, "tables": _circuits}[data["study"]]
+    tables = {"agreement": _agreement, "rules": _rules, "weights": _weights, "tables": _circuits}[
+        data["study"]
+    ]
     return "\n".join([*lines, *tables(data)]) + "\n"
 
 
@@ -56,34 +58,72 @@ _NAMES = ("pearson", "spearman", "pearson_without_two")
 
 
 def _rules(data: dict[str, Any]) -> list[str]:
-    units = list(dict.fromkeys(row["unit"] for row in data["rows"]))
-    seeds, examples = (sorted({row[name] for row in data["rows"]}) for name in ("seed", "examples"))
-    lines = [
-        f"Development examples ({examples} to rank on and as many to judge on, of the ranking "
-        f"side's templates), zero ablation, seeds {seeds}: share that keeps 0.9 of the accuracy (geometric mean), "
-        "and CPR.\n",
-        "| rule | target | reduction | " + " | ".join(units) + " |\n|---|---|---|" + "---|" * len(units),
-    ]
-    table = []
-    for (rule, target, reduce), same in _groups(data["rows"], "rule", "target", "reduce").items():
-        of_unit = {unit: [row for row in same if row["unit"] == unit] for unit in units}
-        cells = [
-            f"{_share(part):.2%}, {_mean(row['cpr'] for row in part):.3f}" if part else ""
-            for part in of_unit.values()
+    lines = []
+    for (ranked, examples), part in _groups(data["rows"], "ranked", "examples").items():
+        units, seeds = (list(dict.fromkeys(row[name] for row in part)) for name in ("unit", "seed"))
+        lines += [
+            f"Development examples ({ranked} to rank on and {examples} to judge on, of the ranking side's "
+            f"templates), zero ablation, seeds {seeds}: share that keeps 0.9 of the accuracy (geometric mean), "
+            "and CPR.\n",
+            "| rule | target | reduction | " + " | ".join(units) + " |\n|---|---|---|" + "---|" * len(units),
         ]
-        order = sum(math.log(_share(part)) for part in of_unit.values() if part)
-        table.append((order, f"| {short_rule(rule)} | {target} | {reduce} | " + " | ".join(cells) + " |"))
-    return lines + [line for _, line in sorted(table, key=lambda pair: pair[0])]
+        table = []
+        for (rule, target, reduce), same in _groups(part, "rule", "target", "reduce").items():
+            of_unit = [[row for row in same if row["unit"] == unit] for unit in units]
+            cells = [
+                f"{_share(rows):.2%}, {_mean(row['cpr'] for row in rows):.3f}" if rows else ""
+                for rows in of_unit
+            ]
+            order = sum(math.log(_share(rows)) for rows in of_unit if rows)
+            table.append((order, f"| {short_rule(rule)} | {target} | {reduce} | " + " | ".join(cells) + " |"))
+        lines += [line for _, line in sorted(table, key=lambda pair: pair[0])]
+        lines.append("")
+    return lines
+
+
+_WEIGHTS = ("method", "rule", "reduce", "within", "ranked")
+
+
+def _weights(data: dict[str, Any]) -> list[str]:
+    lines = [
+        "Development examples, zero ablation: accuracy / mean logit difference of circuits "
+        "of weights, each over the whole model's, mean over seeds.\n"
+    ]
+    for (examples,), part in _groups(data["rows"], "examples").items():
+        seeds, shares = sorted({row["seed"] for row in part}), part[0]["shares"]
+        lines += [
+            f"{examples} examples to judge on, seeds {seeds}; share of the weights kept:\n",
+            "| method | rule | reduction | ranked within | on | "
+            + " | ".join(f"{share:.0%}" for share in shares)
+            + " |",
+            "|---|---|---|---|---|" + "---|" * len(shares),
+        ]
+        for (method, rule, *names), same in _groups(part, *_WEIGHTS).items():
+            cells = [
+                " / ".join(
+                    f"{_mean(row[name][index] for row in same):.2f}" for name in ("accuracy", "difference")
+                )
+                for index in range(len(shares))
+            ]
+            lines.append(
+                "| " + " | ".join([method, rule and short_rule(rule), *map(str, names), *cells]) + " |"
+            )
+        lines.append("")
+    return lines
+
+
+# A table has the rows of one of these.
+_TABLE = ("unit", "ablation", "ranked", "examples")
 
 
 def _circuits(data: dict[str, Any]) -> list[str]:
     lines = []
-    for (unit, ablation, examples), part in _groups(data["rows"], "unit", "ablation", "examples").items():
+    for (unit, ablation, ranked, examples), part in _groups(data["rows"], *_TABLE).items():
         seeds = sorted({row["seed"] for row in part})
         lines += [
-            f"{unit}s, {ablation} ablation, {examples} judging examples a seed, seeds {seeds}. Share: the "
-            "smallest circuit with 0.9 of the accuracy, geometric mean over seeds; against: LRP's share (by its "
-            "default rule) over this one's, with the 95 % interval over seeds.\n",
+            f"{unit}s, {ablation} ablation, {ranked} ranking and {examples} judging examples a seed, seeds "
+            f"{seeds}. Share: the smallest circuit with 0.9 of the accuracy, geometric mean over seeds; against: "
+            "LRP's share (by its default rule) over this one's, with the 95 % interval over seeds.\n",
             "| method | share | LRP's share over it | CPR | CMD |\n|---|---|---|---|---|",
         ]
         of = _groups(part, "method", "rule")
@@ -98,18 +138,29 @@ def _circuits(data: dict[str, Any]) -> list[str]:
 
 
 def plots(data: dict[str, Any], path: Path) -> None:
-    """Faithfulness against the share kept, mean over seeds: a picture beside the file for each table of circuits."""
-    for (unit, ablation, examples), part in _groups(data["rows"], "unit", "ablation", "examples").items():
+    """Faithfulness against the share kept, mean over seeds: a picture beside the file for each unit and ablation.
+
+    Of several tables of one unit and ablation the one with the most seeds, then examples, is drawn.
+    """
+    largest: dict[tuple, list[dict[str, Any]]] = {}
+    for (unit, ablation, *_), part in _groups(data["rows"], *_TABLE).items():
+        largest[unit, ablation] = max(largest.get((unit, ablation), part), part, key=_size)
+    for (unit, ablation), part in largest.items():
         curves: dict[str, Sequence[tuple[float, float]]] = {}
         for (method, rule), same in _groups(part, "method", "rule").items():
             points = zip(*(row["curve"] for row in same), strict=True)
             curves[f"{method}: {short_rule(rule)}" if rule else method] = [
                 (each[0]["fraction"], _mean(point["faithfulness"] for point in each)) for each in points
             ]
-        seeds = len({row["seed"] for row in part})
-        drawn = f"{seeds} seed{'s' if seeds > 1 else ''} x {examples} examples"
+        seeds, ranked, examples = _size(part)
+        drawn = f"{seeds} seed{'s' if seeds > 1 else ''}, ranked on {ranked}, judged on {examples}"
         title = f"{data['model']}, indirect objects, {ablation} ablation, {drawn}"
         plot_faithfulness(curves, path.with_name(f"{path.stem}-{unit}-{ablation}.png"), title, f"{unit}s")
+
+
+def _size(rows: Sequence[dict[str, Any]]) -> tuple[int, int, int]:
+    """Seeds, ranking and judging examples of a table."""
+    return len({row["seed"] for row in rows}), rows[0]["ranked"], rows[0]["examples"]
 
 
 def _ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> str:

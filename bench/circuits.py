@@ -2,13 +2,15 @@
 
     python bench/circuits.py agreement              # relevance against exact ablation, head by head and MLP by MLP
     python bench/circuits.py rules                  # every rule, reduction and target, on development examples
+    python bench/circuits.py weights --ranked 64    # weights ranked globally, in layers and in rows, same examples
     python bench/circuits.py tables                 # the defaults beside their peers, on judging examples
     python bench/circuits.py tables --model gemma3  # one model
+    python bench/circuits.py tables --ranked 64     # rank on more examples, which is cheap
     python bench/circuits.py tables --method lrp --method gradient --rule attnlrp --unit head --ablation patch
 
 Models: smollm2 and gemma3 (dequantised, see real_models) and the two bundled ones; the task is indirect objects. A
 task's ranking examples are drawn from other templates and names than its judging examples. Rules are chosen on
-ranking examples alone ("rules", and "agreement" marked ranking); judging examples are for reporting.
+ranking examples alone ("rules", "weights", and "agreement" marked ranking); judging examples are for reporting.
 
 Results are kept row by row in bench/results/circuits-STUDY-MODEL.json, beside a Markdown table; what is in the file
 is not measured again, so an interrupted study goes on where it was, and options add rows to it.
@@ -18,9 +20,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,11 +32,16 @@ import torch
 import typer
 from attribution_cases import load_benchmark_model
 from rich.console import Console
+from transformers import PreTrainedModel
 
+from sparc3.ablation import differences, masked_differences
 from sparc3.agreement import agreement
-from sparc3.circuit import Search
-from sparc3.ranking import score_components
+from sparc3.circuit import Search, default_settings
+from sparc3.ranking import score_components, score_weights
 from sparc3.report import as_json, versions
+from sparc3.scores import Scores
+from sparc3.select import select
+from sparc3.targets import Batch
 from sparc3.tasks import Task, load_task, task_batches
 from sparc3.units import components
 
@@ -112,29 +119,34 @@ class Choice:
     rules: list[str]
     sides: list[str]
     reductions: list[str]
+    within: list[str]
 
 
 class Study:
-    """A model and its task, drawn anew for every seed."""
+    """A model and its task, drawn anew for every seed: ``examples`` to judge on and ``ranked`` to rank on."""
 
-    def __init__(self, study: str, model: str, examples: int) -> None:
+    def __init__(self, study: str, model: str, examples: int, ranked: int) -> None:
         self.loaded = load_benchmark_model(model)
         self.model, self.tokenizer = self.loaded.model, self.loaded.tokenizer
-        self.bundled, self.examples = model.startswith("tiny-"), examples
+        self.bundled, self.examples, self.ranked = model.startswith("tiny-"), examples, ranked
         self.rows = Rows(study, model, {"note": self.loaded.note, "task": "ioi"})
 
+    def sizes(self) -> dict[str, int]:
+        return {"ranked": self.ranked, "examples": self.examples}
+
     def task(self, seed: int) -> Task:
-        return load_task("ioi", self.tokenizer, self.examples, seed, self.bundled)
+        drawn = load_task("ioi", self.tokenizer, max(self.sizes().values()), seed, self.bundled)
+        return Task(drawn.name, drawn.ranking[: self.ranked], drawn.judging[: self.examples])
 
     def development(self, seed: int) -> Task:
         """Ranking examples alone: ranked on some templates and judged on the others."""
-        task = load_task("ioi", self.tokenizer, 2 * self.examples, seed, self.bundled)
+        task = load_task("ioi", self.tokenizer, 2 * max(self.sizes().values()), seed, self.bundled)
         groups = sorted({one.group for one in task.ranking})
         sides: tuple[list, list] = ([], [])
         for one in task.ranking:
             sides[groups.index(one.group) % 2].append(one)
-        ranking, judging = (tuple(side[: self.examples]) for side in sides)
-        return Task(task.name, ranking, judging)
+        ranking, judging = sides
+        return Task(task.name, tuple(ranking[: self.ranked]), tuple(judging[: self.examples]))
 
 
 def run_agreement(study: Study, choice: Choice) -> None:
@@ -185,7 +197,7 @@ def run_rules(study: Study, choice: Choice) -> None:
             if rule not in (choice.rules or (rule,)) or reduce not in (choice.reductions or (reduce,)):
                 continue
             key = {"seed": seed, "unit": unit, "rule": rule, "target": target, "reduce": reduce}
-            key |= {"examples": study.examples}
+            key |= study.sizes()
             study.rows.measure(key, partial(_find, search, "lrp", rule=rule, target=target, reduce=reduce))
 
 
@@ -196,6 +208,50 @@ def _rules(unit: str) -> Iterator[str]:
         yield rule
 
 
+SHARES = (0.24, 0.32, 0.4, 0.5)
+
+
+def run_weights(study: Study, choice: Choice) -> None:
+    """Circuits of weights that are ranked within different parts, on development examples."""
+    default = default_settings("weight", "zero")["rule"]
+    cases = [
+        ("lrp", rule, reduce)
+        for rule in choice.rules or (default,)
+        for reduce in choice.reductions or REDUCTIONS
+    ]
+    cases += [("gradient", "", reduce) for reduce in choice.reductions or REDUCTIONS]
+    cases += [("wanda", "", "")]
+    for seed in range(choice.seeds):
+        task = study.development(seed)
+        ranking, judging = (
+            task_batches(study.model, study.tokenizer, side) for side in (task.ranking, task.judging)
+        )
+        for method, rule, reduce in cases:
+            if method not in (choice.methods or (method,)):
+                continue
+            settings: dict[str, Any] = {"rule": rule or "gradient", "reduce": reduce or "signed"}
+            scored = cache(partial(score_weights, study.model, ranking, method, **settings))
+            for within in choice.within or ("global", "layer", "row"):
+                key = {"seed": seed, "method": method, "rule": rule, "reduce": reduce, "within": within}
+                study.rows.measure(
+                    key | study.sizes(), partial(_weights, study.model, scored, within, judging)
+                )
+
+
+def _weights(
+    model: PreTrainedModel, scored: Callable[[], Scores], within: str, judging: Sequence[Batch]
+) -> dict[str, Any]:
+    """Accuracy and mean logit difference at each of ``SHARES``, both as shares of the whole model's."""
+    masks = [select(scored(), 1 - share, within) for share in SHARES]
+    found, whole = masked_differences(model, masks, judging).double(), differences(model, judging).double()
+    accuracy = (found > 0).double().mean(1) / (whole > 0).double().mean()
+    return {
+        "shares": SHARES,
+        "accuracy": accuracy.tolist(),
+        "difference": (found.mean(1) / whole.mean()).tolist(),
+    }
+
+
 # Random and magnitude are the same whatever is explained; Wanda's weights are ranked within rows, as published.
 _PEERS = ("gradient", "integrated-gradients", "wanda", "magnitude", "random")
 
@@ -204,7 +260,7 @@ def run_tables(study: Study, choice: Choice) -> None:
     """The default beside its peers: how much of the model still does the task, on judging examples."""
     for seed, unit in product(range(choice.seeds), choice.units or UNITS):
         for ablation in choice.ablations or (("zero",) if unit != "head" else ("zero", "patch")):
-            key = {"seed": seed, "unit": unit, "ablation": ablation, "examples": study.examples}
+            key = {"seed": seed, "unit": unit, "ablation": ablation} | study.sizes()
             peers = (*_PEERS, *(() if unit == "weight" else ("activation",)))
             cases = [(name, "") for name in choice.methods or ("lrp", *peers) if name != "lrp"]
             if "lrp" in (choice.methods or ("lrp",)):
@@ -229,7 +285,7 @@ def _find(search: Search, method: str, **settings: Any) -> dict[str, Any]:
 
 
 UNITS = ("weight", "neuron")
-STUDIES = {"agreement": run_agreement, "rules": run_rules, "tables": run_tables}
+STUDIES = {"agreement": run_agreement, "rules": run_rules, "weights": run_weights, "tables": run_tables}
 
 
 def main(
@@ -248,14 +304,20 @@ def main(
     ] = None,
     side: Annotated[list[str] | None, typer.Option(help="ranking | judging, for agreement")] = None,
     reduce: Annotated[list[str] | None, typer.Option(help="signed | abs | square, for rules")] = None,
+    within: Annotated[list[str] | None, typer.Option(help="global | layer | row, for weights")] = None,
     examples: Annotated[int, typer.Option(help="On each side.")] = 32,
+    ranked: Annotated[
+        int | None,
+        typer.Option(help="Of the ranking side, but for agreement; as many as --examples if none"),
+    ] = None,
     seeds: int = 3,
 ) -> None:
     """Run a study, and write its rows and its tables to bench/results."""
-    choice = Choice(seeds, unit or [], ablation or [], method or [], rule or [], side or [], reduce or [])
+    lists = (unit, ablation, method, rule, side, reduce, within)
+    choice = Choice(seeds, *(chosen or [] for chosen in lists))
     for name in model or MODELS:
         console.print(f"{study}, {name}:")
-        STUDIES[study](Study(study, name, examples), choice)
+        STUDIES[study](Study(study, name, examples, ranked or examples), choice)
 
 
 if __name__ == "__main__":
