@@ -1,19 +1,9 @@
 /* Plain C against the shared library: the header is C, the symbols are there, every instruction set gives the right
  * answer on cases small enough to work out by hand. tests/kernels holds the thorough tests. */
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "sparc3/sparc3.h"
-
-#define CHECK(condition)                                                  \
-    do {                                                                  \
-        if (!(condition)) {                                               \
-            fprintf(stderr, "%s:%d: %s [%s]\n", __FILE__, __LINE__, #condition, sparc3_isa()); \
-            exit(1);                                                      \
-        }                                                                 \
-    } while (0)
+#include "check.h"
 
 static void *workspace;
 static size_t workspace_size;
@@ -101,23 +91,20 @@ static void test_weight_relevance(void) {
     CHECK(acc[0] == 126 && acc[1] == 314);
 }
 
+static void test(void) {
+    test_flat();
+    test_nan();
+    test_stream();
+    test_rows_and_groups();
+    test_weight_relevance();
+}
+
 int main(void) {
-    const char *sets[] = {"portable", "avx2", "avx512", NULL};
     CHECK(strcmp(sparc3_version(), SPARC3_VERSION) == 0);
     CHECK(strcmp(sparc3_strerror(SPARC3_OK), "success") == 0);
     CHECK(sparc3_force_isa("no such set") == SPARC3_ERROR_ISA);
-    for (int i = 0; i < 4; ++i) {
-        if (sparc3_force_isa(sets[i]) != SPARC3_OK) {
-            printf("%s: not on this machine\n", sets[i]);
-            continue;
-        }
-        test_flat();
-        test_nan();
-        test_stream();
-        test_rows_and_groups();
-        test_weight_relevance();
-        printf("%s: passed\n", sparc3_isa());
-    }
+    with_every_instruction_set(test);
+    CHECK(sparc3_force_isa(NULL) == SPARC3_OK);
     free(workspace);
     return 0;
 }

@@ -122,20 +122,16 @@ static void bad_arguments(void) {
     CHECK(sparc3_nm_to_bitmap(&w, offsets, made, out, 4, 1) == SPARC3_ERROR_FORMAT);
 }
 
-int main(void) {
-    const char *sets[] = {"portable", "avx2", "avx512", "avx512vbmi2", "avx512bf16"};
-    for (int i = 0; i < 5; ++i) {
-        if (sparc3_force_isa(sets[i]) != SPARC3_OK) {
-            printf("%s: not on this machine\n", sets[i]);
-            continue;
-        }
-        bad_arguments();
-        for (int round = 0; round < 60; ++round) {
-            const int m = 1 + (int)next_random(16), n = 1 + (int)next_random((uint32_t)m);
-            conversions((int)next_random(3), 1 + next_random(9), 1 + next_random(40), n, m);
-        }
-        conversions(SPARC3_BF16, 2, 16385, 2, 4); /* 65540 columns: indices of 32 bits */
-        printf("%s: passed\n", sparc3_isa());
+static void test(void) {
+    bad_arguments();
+    for (int round = 0; round < 60; ++round) {
+        const int m = 1 + (int)next_random(16), n = 1 + (int)next_random((uint32_t)m);
+        conversions((int)next_random(3), 1 + next_random(9), 1 + next_random(40), n, m);
     }
+    conversions(SPARC3_BF16, 2, 16385, 2, 4); /* 65540 columns: indices of 32 bits */
+}
+
+int main(void) {
+    with_every_instruction_set(test);
     return 0;
 }

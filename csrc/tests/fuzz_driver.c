@@ -1,19 +1,8 @@
 /* Feeds tests/fuzz.c where libFuzzer is not at hand: weights that are close to sound, changed at random, always the same
  * ones. */
-#include <stdio.h>
-#include <string.h>
-
-#include "sparc3/sparc3.h"
+#include "hostile.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-static uint64_t state = 88172645463325252u;
-static uint32_t next_random(uint32_t below) {
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return (uint32_t)(state >> 16) % below;
-}
 
 /* Offsets that climb to `count`, as even steps; then random bytes. Returns the length. */
 static size_t make(uint8_t *data) {
@@ -43,19 +32,18 @@ static size_t make(uint8_t *data) {
     return 6 + next_random(4090);
 }
 
-int main(void) {
+static void test(void) {
     static uint8_t data[1 << 14];
-    const char *sets[] = {"portable", "avx2", "avx512", "avx512vbmi2", "avx512bf16"};
-    for (int i = 0; i < 5; ++i) {
-        if (sparc3_force_isa(sets[i]) != SPARC3_OK) continue;
-        for (int round = 0; round < 2000; ++round) {
-            const size_t size = make(data);
-            for (int mutation = 0; mutation < 4; ++mutation) {
-                LLVMFuzzerTestOneInput(data, size);
-                data[6 + next_random(200)] ^= (uint8_t)(1u << next_random(8));
-            }
+    for (int round = 0; round < 2000; ++round) {
+        const size_t size = make(data);
+        for (int mutation = 0; mutation < 4; ++mutation) {
+            LLVMFuzzerTestOneInput(data, size);
+            data[6 + next_random(200)] ^= (uint8_t)(1u << next_random(8));
         }
-        printf("%s: passed\n", sparc3_isa());
     }
+}
+
+int main(void) {
+    with_every_instruction_set(test);
     return 0;
 }

@@ -1,20 +1,10 @@
-/* What the tests of packed weights against hostile input share. */
+/* What the tests of packed weights against hostile input share: random numbers, buffers of an exact size, weights. */
 #ifndef HOSTILE_H
 #define HOSTILE_H
 
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "sparc3/sparc3.h"
-
-#define CHECK(condition)                                                                       \
-    do {                                                                                       \
-        if (!(condition)) {                                                                    \
-            fprintf(stderr, "%s:%d: %s [%s]\n", __FILE__, __LINE__, #condition, sparc3_isa()); \
-            exit(1);                                                                           \
-        }                                                                                      \
-    } while (0)
+#include "check.h"
 
 static uint64_t state = 88172645463325252u;
 static inline uint32_t next_random(uint32_t below) {

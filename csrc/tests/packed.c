@@ -113,22 +113,18 @@ static void bad_arguments(void) {
     sparc3_advise_huge_pages(weight, sizeof weight);
 }
 
-int main(void) {
-    const char *sets[] = {"portable", "avx2", "avx512", "avx512vbmi2", "avx512bf16"};
-    for (int i = 0; i < 5; ++i) {
-        if (sparc3_force_isa(sets[i]) != SPARC3_OK) {
-            printf("%s: not on this machine\n", sets[i]);
-            continue;
-        }
-        bad_arguments();
-        for (int round = 0; round < 60; ++round) {
-            const int dtype = (int)next_random(3), m = 1 + (int)next_random(16), n = 1 + (int)next_random((uint32_t)m);
-            const size_t rows = 1 + next_random(20), batch = 1 + next_random(20);
-            bitmap_and_csr(dtype, rows, 1 + next_random(900), batch);
-            nm(dtype, rows, 1 + next_random(40), n, m, batch);
-            nm(dtype, rows, 1 + next_random(1200), round % 2 ? 2 : 4, round % 2 ? 4 : 8, batch);
-        }
-        printf("%s: passed\n", sparc3_isa());
+static void test(void) {
+    bad_arguments();
+    for (int round = 0; round < 60; ++round) {
+        const int dtype = (int)next_random(3), m = 1 + (int)next_random(16), n = 1 + (int)next_random((uint32_t)m);
+        const size_t rows = 1 + next_random(20), batch = 1 + next_random(20);
+        bitmap_and_csr(dtype, rows, 1 + next_random(900), batch);
+        nm(dtype, rows, 1 + next_random(40), n, m, batch);
+        nm(dtype, rows, 1 + next_random(1200), round % 2 ? 2 : 4, round % 2 ? 4 : 8, batch);
     }
+}
+
+int main(void) {
+    with_every_instruction_set(test);
     return 0;
 }
