@@ -195,7 +195,7 @@ def plot_faithfulness(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for method, points in sorted(curves.items(), key=lambda item: item[0] == "lrp"):
         _draw_line(axes, method, sorted(points))
@@ -207,7 +207,8 @@ def plot_faithfulness(
     axes.set_ylabel("faithfulness on held-out examples")
     axes.set_title(title)
     axes.grid(alpha=0.25, which="both")
-    axes.legend(frameon=False)
+    # Beside the axes: within them it would hide lines wherever there are many methods.
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
 
 
