@@ -303,6 +303,8 @@ class Mask:
     @classmethod
     def load(cls, path: str | Path) -> Mask:
         """Read a mask; InputError for a file that is missing, damaged, no mask, or of a newer version."""
+        if Path(path).is_dir():
+            raise InputError(f"cannot read a mask from {path}: it is a folder; give {path}/mask.safetensors")
         try:
             with safe_open(path, framework="pt") as file:
                 header = (file.metadata() or {}).get(_KEY)
