@@ -162,9 +162,19 @@ def _row(line: str) -> tuple[str, tuple[str, ...]]:
 
 
 def score_texts(scorer: Scorer, texts: Sequence[str]) -> list[float]:
-    """What a scorer says of each text, 0 for blank ones; InputError unless it is one number in [0, 1] for each."""
+    """What a scorer says of each text, 0 for blank ones.
+
+    Raises:
+        InputError: the scorer fails, or does not return one number in [0, 1] for each text.
+    """
     asked = [text for text in texts if text.strip()]
-    given = torch.as_tensor(scorer(asked), dtype=torch.float64) if asked else torch.zeros(0)
+    try:
+        given = torch.as_tensor(scorer(asked) if asked else [], dtype=torch.float64)
+    except InputError:
+        raise
+    # The scorer is the user's own code, which may raise anything.
+    except Exception as error:
+        raise InputError(f"the scorer fails with {type(error).__name__}: {error}") from error
     if given.shape != (len(asked),) or not ((given >= 0) & (given <= 1)).all():
         raise InputError(
             f"the scorer must return one number in [0, 1] for each of the {len(asked)} texts that it is given"

@@ -72,6 +72,12 @@ def test_a_scorer_of_anything_else_is_refused(scorer):
         behaviours.score_texts(scorer, ["a", "b", " "])
 
 
+@pytest.mark.parametrize("scorer", [lambda: [], lambda texts: texts, lambda texts: {}[texts[0]]])
+def test_a_scorer_that_fails_is_told_from_a_model_that_does_not_show_it(scorer):
+    with pytest.raises(InputError, match=r"the scorer fails with (TypeError|ValueError|KeyError): "):
+        behaviours.score_texts(scorer, ["a"])
+
+
 def test_prompts_of_files(tmp_path):
     text, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
     text.write_text("\ufeffone \n\n two\n", encoding="utf-8")
