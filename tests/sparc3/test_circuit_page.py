@@ -52,6 +52,15 @@ def test_a_browser_refuses_what_a_page_loads_from_elsewhere(tmp_path):
         browser.screenshot(path, tmp_path)
 
 
+def test_a_narrow_window_leaves_a_margin(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(page("Title", [("Part", [])]))
+    picture = browser.screenshot(path, tmp_path, width=500, height=300)
+    # Letters of the headings begin at 1 em, 15 pixels.
+    assert (picture[:, :15] == 1).all()
+    assert (picture[:, 15:60] < 1).any()
+
+
 def test_the_page_says_what_the_report_says(heads):
     folder, report = heads
     root = ElementTree.fromstring((folder / "circuit.html").read_text().removeprefix("<!DOCTYPE html>"))
