@@ -353,12 +353,17 @@ def _show(loaded: Loaded, report: dict[str, Any], asked: int | None, out: Path) 
         f"Note: {asked} were to be removed, but only {count} cost no more than their share of --budget; --no-spare "
         "removes all of them"
     )
+    unmoved = (
+        f"Note: {report['behaviour']['name']} is shown as often as before; give a larger --count or --budget, or "
+        "another --unit, --method or --contrast"
+    )
     console.show(
         table,
         f"{report['behaviour']['name']}: {prompts['run']} prompts run; explained on {prompts['explained']} that show "
         f"it, judged on {prompts['judged']} others",
         "* saved" + ("" if budget is None else f": the largest with perplexity at most {budget:.2%} worse"),
         *([spared] if asked is not None and count < asked else []),
+        *([unmoved] if report["after"]["shown"] >= report["before"]["shown"] else []),
         *console.notes(loaded),
         console.saved(out),
     )

@@ -133,6 +133,16 @@ def test_fewer_than_asked_for_are_removed_where_the_others_cost_too_much(room, a
     assert "Note: 80" not in stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "falls"), [(("--method", "random", "--count", 1), False), (("--count", 6), True)]
+)
+def test_it_says_where_the_behaviour_does_not_fall(room, asked, options, falls):
+    stdout = succeed("correct", *asked, *options, "--points", 1, "--no-spare", "--out", "out")
+    report = json.loads((room / "out/report.json").read_text())
+    assert (report["after"]["shown"] < report["before"]["shown"]) == falls
+    assert ("Note: answers is shown as often as before" in stdout) != falls
+
+
 @pytest.mark.parametrize("chosen", [True, False])
 def test_a_model_that_breaks_is_not_saved_and_no_count_is_advised(chosen):
     broken = Measured(9, 0.1, 1.0, 1.0, 5.0, 0.2, float("nan"), float("nan"), ())
