@@ -18,7 +18,8 @@ from sparc3.errors import InputError
 _FOR, _AGAINST = (226, 106, 120), (98, 152, 208)
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 60em; margin: 2em auto; padding: 0 1em; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 60em; }
+body { margin: 2em auto; padding: 0 1em; }
 .tokens { font-size: 18px; line-height: 2; }
 .token { white-space: pre-wrap; border-radius: 3px; padding: 2px 0; }
 table { border-collapse: collapse; margin: 1em 0; }
