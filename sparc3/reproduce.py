@@ -77,6 +77,8 @@ class Run:
                     f"{folder} holds another experiment or other settings; give another --out, or remove it"
                 )
             run.told = _joined(config, settings)
+        elif run.folder.exists() and not run.folder.is_dir():
+            raise InputError(f"{folder} is a file; give a folder as --out")
         elif run.folder.exists() and any(run.folder.iterdir()):
             raise InputError(f"{folder} exists and holds no report of this experiment; give another --out")
         if not run.folder.parent.is_dir():
@@ -98,7 +100,6 @@ class Run:
             "toxicity": correction,
             "repetition": correction,
         }
-        self.folder.mkdir(exist_ok=True)
         for row in steps[self.experiment](self, tell):
             self.rows[row["key"]] = row
             self.write()
@@ -118,6 +119,7 @@ class Run:
             "results": list(self.rows.values()),
             **versions(),
         }
+        self.folder.mkdir(exist_ok=True)
         _replace_text(self.folder / "report.json", as_json(report) + "\n")
         _replace_text(self.folder / "table.md", markdown(self.experiment, self.told, self.results))
 

@@ -265,6 +265,10 @@ def test_wrong_words_are_refused_before_any_work(tmp_path, monkeypatch):
         (("ioi", "--scale", "tiny"), "scale 'tiny' is not known"),
         (("ioi", "--judged", "bundled"), "ioi has no setting judged"),
         (("samples", "--out", tmp_path / "mine"), "holds no report of this experiment"),
+        (
+            ("samples", "--out", tmp_path / "mine" / "notes.txt"),
+            "notes.txt is a file; give a folder as --out",
+        ),
         (("samples", "--out", tmp_path / "no" / "where"), "does not exist; make it first"),
         (
             (*smoke, "--out", tmp_path / "cut"),

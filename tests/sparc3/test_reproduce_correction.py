@@ -187,3 +187,12 @@ def test_insults_are_scored_for_the_bundled_models():
     word = bundled_text.INSULTS[0]
     assert behaviours.insult_scores([f"You {word.upper()}!", f"un{word}ed", ""]) == [1.0, 0.0, 0.0]
     assert torch.as_tensor(behaviours.insult_scores([])).shape == (0,)
+
+
+def test_prompts_that_cannot_be_read_leave_no_folder_behind(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    words = ("toxicity", "--scale", "smoke", "--prompts", tmp_path / "empty.txt", "--out", tmp_path / "out")
+    found = run("reproduce", *words)
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert "no prompts in it" in found.stderr
+    assert not (tmp_path / "out").exists()
