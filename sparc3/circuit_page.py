@@ -13,10 +13,11 @@ import sparc3
 from sparc3.circuit import Circuit, Search
 from sparc3.circuit_export import write_hook_scores, write_mib
 from sparc3.explain import relevance
+from sparc3.export import write_text
 from sparc3.faithfulness import GOAL
 from sparc3.mask import Mask
 from sparc3.models import Loaded
-from sparc3.page import coloured_html, full_scale, image, page, paragraph, spell, table, write_page
+from sparc3.page import coloured_html, full_scale, image, page, paragraph, spell, table
 from sparc3.report import plot_faithfulness, plot_relevance, write_report
 from sparc3.tasks import TASK_TARGETS, Task, task_batches
 from sparc3.units import Components, components
@@ -127,7 +128,7 @@ def write_circuit(
     write_hook_scores(folder / "components.safetensors", *ranked)
     write_mib(folder / "mib.json", search.model, nodes, relevance_of_nodes, set(search.names) - kept)
     write_report(folder, report)
-    write_page(folder / "circuit.html", circuit_page(report, faithfulness, heat))
+    write_text(folder / "circuit.html", circuit_page(report, faithfulness, heat))
 
 
 def circuit_page(report: dict[str, Any], faithfulness: Path, heat: Path) -> str:

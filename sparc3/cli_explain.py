@@ -74,9 +74,9 @@ def explain(
         update(description="explaining")
         found = explanation(loaded, text, answer, target, parsed, top)
     if out is not None:
-        from sparc3.page import write_page
+        from sparc3.export import write_text
 
-        write_page(out, _page(found))
+        write_text(out, _page(found))
     if as_json:
         console.show_json({**found, "out": None if out is None else str(out)})
         return

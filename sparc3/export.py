@@ -56,6 +56,24 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all; InputError where that is not possible."""
+    path = Path(path)
+    try:
+        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            # mkstemp makes a file that only its owner may read.
+            os.chmod(partial, 0o644)
+            os.replace(partial, path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
 def replace_folder(new: Path, path: Path) -> None:
     """Put ``new`` where ``path`` is; ``path`` is put back where that fails."""
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import base64
-import os
-import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
-
-from sparc3.errors import InputError
 
 # For and against, where the colour is full; black text stays readable on both.
 _FOR, _AGAINST = (226, 106, 120), (98, 152, 208)
@@ -156,21 +152,3 @@ def page(title: str, sections: Sequence[tuple[str, Sequence[str]]]) -> str:
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
         f"<body><h1>{escape(title)}</h1>\n{body}</body></html>\n"
     )
-
-
-def write_page(path: str | Path, text: str) -> None:
-    """Write a page, whole or not at all; InputError where that is not possible."""
-    path = Path(path)
-    try:
-        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            # mkstemp makes a file that only its owner may read.
-            os.chmod(partial, 0o644)
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error

@@ -8,7 +8,6 @@ beside ours, and a plot.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
@@ -21,6 +20,7 @@ import yaml
 from sparc3.compress import Pruner, evaluate_pruned
 from sparc3.errors import InputError
 from sparc3.evaluate import check_fits, perplexity
+from sparc3.export import write_text
 from sparc3.models import Loaded, check_there, load
 from sparc3.paper_text import calibration_windows, judging_windows
 from sparc3.report import as_json, versions
@@ -103,7 +103,10 @@ class Run:
         for row in steps[self.experiment](self, tell):
             self.rows[row["key"]] = row
             self.write()
-        plot(self.experiment, self.told, self.results, self.folder / "plot.png")
+        try:
+            plot(self.experiment, self.told, self.results, self.folder / "plot.png")
+        except OSError as error:
+            raise InputError(f"cannot write {self.folder / 'plot.png'}: {error}") from error
 
     def missing(self, *key: Any) -> str | None:
         """The key of a row, or None where it is there already."""
@@ -120,8 +123,8 @@ class Run:
             **versions(),
         }
         self.folder.mkdir(exist_ok=True)
-        _replace_text(self.folder / "report.json", as_json(report) + "\n")
-        _replace_text(self.folder / "table.md", markdown(self.experiment, self.told, self.results))
+        write_text(self.folder / "report.json", as_json(report) + "\n")
+        write_text(self.folder / "table.md", markdown(self.experiment, self.told, self.results))
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -181,12 +184,6 @@ def configuration(experiment: str, scale: str, **changes: Any) -> dict[str, Any]
             raise InputError(f"{experiment} has no setting {name}")
         config[name] = value
     return config
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _models(run: Run, tell: Tell) -> Iterator[tuple[str, Loaded]]:

@@ -285,6 +285,15 @@ def test_wrong_words_are_refused_before_any_work(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["report.json", "table.md", "plot.png"])
+def test_a_file_that_cannot_be_written_is_named(tmp_path, name):
+    run = Run.open("concentration", "smoke", tmp_path / "out")
+    # As a full disk, a folder in the file's place is an OSError.
+    (tmp_path / "out" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match=f"cannot write .*{name}"):
+        run.finish()
+
+
 def test_a_missing_harness_is_told_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match=r"pip install 'sparc3\[eval\]'"):
