@@ -1,13 +1,19 @@
-"""The Markdown table of bench/corrections.py."""
+"""The Markdown table and the plots of bench/corrections.py."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from sparc3.correct import BUDGET
 from sparc3.evaluate import _t_quantile
+from sparc3.report import METHOD_COLOURS
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -82,3 +88,40 @@ def markdown(data: dict[str, Any]) -> str:
             f"{', '.join(str(point['count']) for point in chosen)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def plots(data: dict[str, Any], path: Path) -> None:
+    """PATH-UNIT.png: the share that shows the behaviour against perplexity, one line a method, a point a number."""
+    for unit in dict.fromkeys(row["unit"] for row in data["rows"]):
+        figure = Figure(figsize=(7.2, 5.2), layout="constrained")
+        axes = figure.subplots()
+        rows = [row for row in data["rows"] if row["unit"] == unit]
+        for label, mark in zip(dict.fromkeys(map(_label, rows)), itertools.cycle("osD^vP"), strict=False):
+            same = [row for row in rows if _label(row) == label]
+            everything = [point for row in same for point in (row["before"], *row["sweep"])]
+            of_count = {
+                count: [point for point in everything if point["count"] == count]
+                for count in sorted({point["count"] for point in everything})
+            }
+            means = {
+                key: [interval([point[key] for point in points])[0] for points in of_count.values()]
+                for key in ("increase", "shown")
+            }
+            axes.plot(
+                means["increase"],
+                means["shown"],
+                marker=mark,
+                linewidth=1.4,
+                color=METHOD_COLOURS[same[0]["method"]],
+                label=f"{label}, runs: {len(same)}, up to {max(of_count)} {unit}s",
+            )
+        axes.axvline(BUDGET, color="black", linewidth=1, linestyle=":", label="budget")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylim(-0.04, 1.08)
+        axes.set_xlabel("change of perplexity of general text")
+        axes.set_ylabel(f"continuations that show {data['study']}")
+        axes.set_title(f"{data['model']}: {data['study']}, {unit}s removed, means over runs")
+        axes.grid(alpha=0.25)
+        figure.legend(loc="outside lower center", frameon=False, fontsize=8)
+        figure.savefig(path.with_name(f"{path.stem}-{unit}.png"), dpi=150)

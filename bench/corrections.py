@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from attribution_cases import load_benchmark_model
-from correction_tables import markdown
+from correction_tables import markdown, plots
 from real_models import lee, lee_background
 from rich.console import Console
 
@@ -272,6 +272,7 @@ def run(
                 )
                 path.write_text(json.dumps(data) + "\n")
                 path.with_suffix(".md").write_text(markdown(data))
+    plots(data, path)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
