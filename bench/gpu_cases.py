@@ -29,7 +29,8 @@ def _attention(
     scales = {"attnlrp": (0.25, 0.25, 0.5), "cp": (0.0, 0.0, 1.0)}[rule]
 
     def make(device: torch.device, dry: bool) -> Made:
-        length, many, few = (64, 2, 1) if dry else (tokens, heads, kv_heads)
+        # Dry too, cases differ in length and in how many query heads share a key-value head.
+        length, many, few = (tokens // 64, 2, 1 + (kv_heads == heads)) if dry else (tokens, heads, kv_heads)
         span = min(window, length // 2) if dry else window
         q = normal(device, 1, many, length, width)
         k, v = normal(device, 1, few, length, width), normal(device, 1, few, length, width)
