@@ -6,23 +6,23 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from sparc3.correct import BUDGET
-from sparc3.evaluate import _t_quantile
+from sparc3.evaluate import mean_interval
 from sparc3.report import METHOD_COLOURS
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half the width of Student's 95 % interval (infinite for one value)."""
-    mean = sum(values) / len(values)
     if len(values) < 2:
-        return mean, math.inf
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return mean, _t_quantile(0.95, len(values) - 1) * spread / math.sqrt(len(values))
+        return values[0], math.inf
+    mean, _, high = mean_interval(values)
+    return mean, high - mean
 
 
 def _label(row: dict[str, Any]) -> str:
@@ -56,13 +56,13 @@ def markdown(data: dict[str, Any]) -> str:
                 str(len(points)),
                 f"{shown[0]:.1%}" + (f" ({shown[1]:.1%})" if math.isfinite(shown[1]) else ""),
                 *(
-                    f"{interval([point[key] for point in points])[0]:.3f}"
+                    f"{fmean([point[key] for point in points]):.3f}"
                     for key in ("score", "length", "distinct")
                 ),
-                f"{interval([point['increase'] for point in points])[0]:+.2%}",
+                f"{fmean([point['increase'] for point in points]):+.2%}",
             ]
             if data["study"] == "toxicity":
-                cells.append(f"{interval([point['second'] for point in points])[0]:.1%}")
+                cells.append(f"{fmean([point['second'] for point in points]):.1%}")
             lines.append(f"| {unit} | {label} | " + " | ".join(cells) + " |")
     text = (
         "other windows of the text that explains"
@@ -104,7 +104,7 @@ def plots(data: dict[str, Any], path: Path) -> None:
                 for count in sorted({point["count"] for point in everything})
             }
             means = {
-                key: [interval([point[key] for point in points])[0] for points in of_count.values()]
+                key: [fmean([point[key] for point in points]) for points in of_count.values()]
                 for key in ("increase", "shown")
             }
             axes.plot(

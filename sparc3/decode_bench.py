@@ -103,10 +103,10 @@ def matrices_of(name: str) -> tuple[Matrix, ...]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from sparc3.families import family_of, prunable
-    from sparc3.models import _resolve
+    from sparc3.models import resolve
 
     try:
-        source, _ = _resolve(name)
+        source, _ = resolve(name)
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise InputError(f"--shape {name} is none of {', '.join(SHAPES)}, and as a model: {error}") from error

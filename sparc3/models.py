@@ -82,7 +82,7 @@ def load(name: str | Path | None = None, *, dtype: str = "float32", device: str 
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not known; use {' | '.join(DTYPES)}")
     where = usable_device(device)
-    source, note = _resolve(name)
+    source, note = resolve(name)
     with _unreadable(f"{name}: transformers cannot load this model"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     # Before the weights, which may take minutes to fetch and to read.
@@ -120,7 +120,7 @@ def local_folder(name: str, weights: bool = True) -> tuple[Path, str]:
     if name not in BUNDLED and (path / "config.json").is_file():
         # sparc3.checkpoint looks at the weights, and without mapping them.
         return path, _note_in(path)
-    source, note = _resolve(name)
+    source, note = resolve(name)
     if not Path(source).is_dir():
         wanted = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
         with _unreadable(f"{name}: the hub does not give its files"):
@@ -139,7 +139,7 @@ def _align(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _resolve(name: str) -> tuple[str, str]:
+def resolve(name: str) -> tuple[str, str]:
     """(folder or hub id, note) of a name; InputError where there is nothing to load."""
     path = Path(name).expanduser()
     if name in BUNDLED:
@@ -305,7 +305,7 @@ def usable_device(device: str) -> torch.device:
 def check_there(name: str) -> None:
     """InputError unless a bundled model, a file, a folder or the hub has this name; nothing is read."""
     if name not in BUNDLED and not Path(name).expanduser().exists():
-        _resolve(name)
+        resolve(name)
 
 
 def _check_hub(name: str) -> None:
