@@ -354,8 +354,8 @@ def _show(loaded: Loaded, report: dict[str, Any], asked: int | None, out: Path) 
         "removes all of them"
     )
     unmoved = (
-        f"Note: {report['behaviour']['name']} is shown as often as before; give a larger --count or --budget, or "
-        "another --unit, --method or --contrast"
+        "Note: the behaviour is shown as often as before; give a larger --count, or another --unit, --method or "
+        "--contrast"
     )
     console.show(
         table,

@@ -140,7 +140,7 @@ def test_it_says_where_the_behaviour_does_not_fall(room, asked, options, falls):
     stdout = succeed("correct", *asked, *options, "--points", 1, "--no-spare", "--out", "out")
     report = json.loads((room / "out/report.json").read_text())
     assert (report["after"]["shown"] < report["before"]["shown"]) == falls
-    assert ("Note: answers is shown as often as before" in stdout) != falls
+    assert ("Note: the behaviour is shown as often as before" in stdout) != falls
 
 
 @pytest.mark.parametrize("chosen", [True, False])
