@@ -17,7 +17,10 @@ def reproduce(
     ],
     out: Annotated[
         Path,
-        typer.Option(help="Folder for report.json, table.md and plot.png; an interrupted run goes on in it."),
+        typer.Option(
+            help="Folder for report.json, table.md and plot.png; an interrupted run goes on in it, and one of fewer "
+            "models or seeds is added to."
+        ),
     ],
     scale: Annotated[
         str,
