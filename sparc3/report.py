@@ -157,9 +157,9 @@ def plot_perplexity(results: Sequence[dict[str, Any]], path: str | Path, title: 
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
     methods = dict.fromkeys(row["method"] for row in results)
-    for method in sorted(methods, key=lambda name: name == "lrp"):
+    for method in methods:
         points = sorted((row["sparsity"], row["perplexity"]) for row in results if row["method"] == method)
-        _draw_line(axes, method, [(0.0, dense), *points])
+        draw_line(axes, method, [(0.0, dense), *points])
     axes.axhline(dense, color="black", linewidth=1, linestyle="--", label=f"dense ({dense:.3g})")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -172,13 +172,16 @@ def plot_perplexity(results: Sequence[dict[str, Any]], path: str | Path, title: 
     figure.savefig(path, dpi=150)
 
 
-def _draw_line(axes: Any, method: str, points: Sequence[tuple[float, float]]) -> None:
-    leading = method == "lrp"
+def draw_line(axes: Any, method: str, points: Sequence[tuple[float, float]], style: str = "-") -> None:
+    """A method's line; LRP's is thick and below the others, so that where two coincide both are seen."""
+    width, size, order = (4.0, 7.0, 1.9) if method == "lrp" else (1.4, 3.5, 2.0)
     axes.plot(
         *zip(*points, strict=True),
+        style,
         marker="o",
-        markersize=5 if leading else 3.5,
-        linewidth=2.6 if leading else 1.4,
+        markersize=size,
+        linewidth=width,
+        zorder=order,
         color=METHOD_COLOURS.get(method),
         label=method,
     )
@@ -197,8 +200,8 @@ def plot_faithfulness(
 
     figure = Figure(figsize=(8.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    for method, points in sorted(curves.items(), key=lambda item: item[0] == "lrp"):
-        _draw_line(axes, method, sorted(points))
+    for method, points in curves.items():
+        draw_line(axes, method, sorted(points))
     for level, name in ((1.0, "whole model"), (0.0, "all ablated")):
         axes.axhline(level, color="black", linewidth=1, linestyle="--" if level else ":", label=name)
     axes.set_xscale("log")

@@ -8,7 +8,7 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-from sparc3.report import METHOD_COLOURS
+from sparc3.report import METHOD_COLOURS, draw_line
 
 Results = list[dict[str, Any]]
 
@@ -137,7 +137,7 @@ def _correction(config: dict[str, Any], results: Results) -> list[str]:
         paper = config["paper"].get(unit, {})
         # The whole model's figures are those of the same prompts under every method.
         whole = {row["seed"]: row["before"] for row in same}
-        rows.append([_short(model), unit, "", *_behaved(list(whole.values())), ""])
+        rows.append([_short(model), unit, "whole model", *_behaved(list(whole.values())), ""])
         for method in _methods(same):
             for count in config["counts"][unit]:
                 points = _removed(_of(same, method=method), count)
@@ -194,6 +194,10 @@ def _colour(method: str) -> str:
     return METHOD_COLOURS.get(method, "#333333")
 
 
+def _percent(share: float, place: int) -> str:
+    return f"{100 * share:g}%"
+
+
 def _draw_table1(axes: Any, config: dict[str, Any], results: Results, model: str, part: str) -> None:
     methods = _methods(results)
     paper = config["paper"].get(_short(model), {})
@@ -220,7 +224,7 @@ def _draw_samples(axes: Any, config: dict[str, Any], results: Results, model: st
             if ours:
                 points.append((count, statistics.mean(row["perplexity"] for row in ours)))
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", color=_colour(method), label=method)
+            draw_line(axes, method, points)
         for count, value in paper.get(method, {}).items():
             axes.plot(count, value, "x", color=_colour(method), markersize=9)
     axes.set_xscale("log")
@@ -252,8 +256,10 @@ def _draw_ioi(axes: Any, config: dict[str, Any], results: Results, model: str, u
         means = [
             statistics.mean(row["curve"][place]["accuracy"] for row in ours) for place in range(len(shares))
         ]
-        axes.plot(shares, means, marker="o", markersize=3.5, color=_colour(method), label=method)
+        draw_line(axes, method, list(zip(shares, means, strict=True)))
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(_percent)
+    axes.yaxis.set_major_formatter(_percent)
     axes.set_xlabel(f"{unit}s kept (log scale)")
     axes.set_ylabel("accuracy")
     axes.legend(frameon=False)
@@ -275,7 +281,10 @@ def _draw_correction(axes: Any, config: dict[str, Any], results: Results, model:
         ]
         style = "--" if method == "lrp (paper)" else "-"
         counts = [0, *config["counts"][unit]]
-        axes.plot(counts, means, style, marker="o", markersize=3.5, color=_colour(method), label=method)
+        draw_line(axes, method, list(zip(counts, means, strict=True)), style)
+    if what == "shown":
+        axes.yaxis.set_major_formatter(_percent)
+        axes.set_ylim(-0.04, 1.08)
     axes.set_xlabel(f"{unit}s removed")
     axes.set_ylabel("share of continuations that show it" if what == "shown" else what)
     axes.legend(frameon=False)

@@ -89,17 +89,19 @@ def test_one_line_a_method_that_begins_at_the_dense_model(monkeypatch):
     ]
     (axes,) = figure_of(monkeypatch, results).axes
     *methods, dense = axes.get_lines()
-    # lrp is drawn last, on top of the others.
-    assert [line.get_label() for line in methods] == ["wanda", "mine", "lrp"]
-    for line, base in zip(methods, (9.5, 20.0, 9.0), strict=True):
+    assert [line.get_label() for line in methods] == ["lrp", "wanda", "mine"]
+    for line, base in zip(methods, (9.0, 9.5, 20.0), strict=True):
         assert list(line.get_xdata()) == [0.0, 0.5, 0.6, 0.7]
         assert list(line.get_ydata()) == [8.0, base + 5, base + 6, base + 7]
     assert len({line.get_color() for line in methods}) == 3
-    assert methods[2].get_linewidth() > methods[0].get_linewidth()
+    # A line that coincides with lrp's lies on it, and lrp's is seen on both of its sides.
+    for other in methods[1:]:
+        assert methods[0].get_linewidth() > 2 * other.get_linewidth()
+        assert methods[0].get_zorder() < other.get_zorder()
     assert list(dense.get_ydata()) == [8.0, 8.0]
     assert dense.get_linestyle() == "--"
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend == ["wanda", "mine", "lrp", "dense (8)"]
+    assert legend == ["lrp", "wanda", "mine", "dense (8)"]
     assert axes.get_yscale() == "log"
     assert axes.get_title() == "a title"
     assert axes.get_xlabel() == "weights pruned"

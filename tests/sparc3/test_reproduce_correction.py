@@ -63,6 +63,7 @@ def test_toxicity(tmp_path):
     assert found[1]["sweep"] == [point.described() for point in absolute.sweep]
     paper = correction.find("lrp", rule="attnlrp", counts=[4, 16], budget=None)
     assert found[0]["sweep"] == [point.described() for point in paper.sweep]
+    assert "| tiny-opt | neuron | whole model | 0 |" in shown
     assert "| tiny-opt | neuron | random | 16 (" in shown
     assert "What the paper leaves open" in shown
 
