@@ -37,7 +37,7 @@ OURS = ("lrp", "gradient", "integrated-gradients")
 
 
 def theirs(folder: Path, python: Path, loaded: Loaded, task: Task) -> dict[str, Any]:
-    """{"scores": {head: score}, "seconds", "versions"} of the ranking examples, one by one so that none is padded.
+    """{"scores": {head: score}, "versions"} of the ranking examples, one by one so that none is padded.
 
     Raises:
         subprocess.CalledProcessError: it did not run; what it says is shown.
@@ -63,7 +63,7 @@ def theirs(folder: Path, python: Path, loaded: Loaded, task: Task) -> dict[str, 
 
 
 def measured(folder: Path, python: Path, loaded: Loaded, task: Task) -> dict[str, Any]:
-    """{method: cpr, cmd, kept, seconds}, and how its scores agree with our integrated gradients."""
+    """{method: cpr, cmd, kept}, and how its scores agree with our integrated gradients."""
     search = Search(loaded.model, loaded.tokenizer, task, "head", "patch")
     found = theirs(folder, python, loaded, task)
     scores = torch.tensor([found["scores"][name] for name in search.names])
@@ -73,14 +73,13 @@ def measured(folder: Path, python: Path, loaded: Loaded, task: Task) -> dict[str
         curve, GOAL * search.full.accuracy, lambda share: search.measure(scores, by, [share])[0]
     )
     cpr, cmd = areas(curve)
-    rows = {"EAP-IG": {"cpr": cpr, "cmd": cmd, "kept": smallest.kept, "seconds": found["seconds"]}}
+    rows = {"EAP-IG": {"cpr": cpr, "cmd": cmd, "kept": smallest.kept}}
     circuits = {method: search.find(method) for method in OURS}
     for method, one in circuits.items():
         rows[method] = {
             "cpr": one.cpr,
             "cmd": one.cmd,
             "kept": one.sparsest.kept,
-            "seconds": one.seconds,
         }
     ours = circuits["integrated-gradients"].scores
     assert isinstance(ours, torch.Tensor)
