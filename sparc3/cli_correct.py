@@ -322,7 +322,7 @@ def _combined(correction: Correction, found: Found, compressed: Mask | None) -> 
 
 
 def _show(loaded: Loaded, report: dict[str, Any], asked: int | None, out: Path) -> None:
-    from sparc3.correction_report import combined_rows, method_label
+    from sparc3.correction_report import cells, combined_rows, method_label
 
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("method")
@@ -330,17 +330,8 @@ def _show(loaded: Loaded, report: dict[str, Any], asked: int | None, out: Path) 
         table.add_column(column, justify="right")
 
     def row(name: str, point: dict[str, Any]) -> None:
-        table.add_row(
-            name,
-            str(point["count"]),
-            f"{point['fraction']:.3%}",
-            f"{point['shown']:.1%}",
-            f"{point['score']:.3f}",
-            f"{point['length']:.1f}",
-            f"{point['distinct']:.3f}",
-            f"{point['perplexity']:.4g}",
-            f"{point['increase']:+.2%}",
-        )
+        removed, *others = cells(point)
+        table.add_row(name, removed, f"{point['fraction']:.3%}", *others)
 
     row("whole model", report["before"])
     for result in report["results"]:

@@ -194,7 +194,7 @@ def correction_page(report: Mapping[str, Any], plot: str) -> str:
                     f"explained, {prompts['judged']} others that show it judge, by greedy continuations of at most "
                     f"{prompts['tokens']} tokens."
                 ),
-                page.table(columns, [(name, *_cells(point)) for name, point in rows]),
+                page.table(columns, [(name, *cells(point)) for name, point in rows]),
                 page.paragraph(
                     "tokens: mean length of a continuation; distinct: different tokens over all tokens. A fall "
                     "of the behaviour by empty or degenerate text would show there.",
@@ -218,7 +218,7 @@ def correction_page(report: Mapping[str, Any], plot: str) -> str:
                 page.table(
                     ("method", *columns[1:]),
                     [
-                        (method_label(result["settings"]), *_cells(point))
+                        (method_label(result["settings"]), *cells(point))
                         for result in report["results"]
                         for point in result["sweep"]
                     ],
@@ -249,7 +249,8 @@ def _tensors(lost: Mapping[str, int]) -> str:
     return ", ".join(f"{name.split('.', 3)[-1]}: {count:,}" for name, count in lost.items())
 
 
-def _cells(point: Mapping[str, Any]) -> tuple[str, ...]:
+def cells(point: Mapping[str, Any]) -> tuple[str, ...]:
+    """A measurement in a table: removed, shown, score, tokens, distinct, perplexity, change."""
     return (
         f"{point['count']:,}",
         f"{point['shown']:.1%}",
