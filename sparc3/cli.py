@@ -23,7 +23,7 @@ from sparc3 import (
     cli_reproduce,
     console,
 )
-from sparc3.console import AsJson, Device, Dtype, Length, Text
+from sparc3.console import AsJson, Device, Dtype, Length, Model, Text
 
 app = typer.Typer(cls=console.Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(cli_prune.prune)
@@ -57,7 +57,7 @@ def options(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, tiny-llama or tiny-opt.")],
+    model: Model,
     text: Text = None,
     length: Length = None,
     samples: Annotated[

@@ -11,7 +11,7 @@ from rich.table import Table
 
 import sparc3
 from sparc3 import console
-from sparc3.console import AsJson, Device, Dtype, Force
+from sparc3.console import AsJson, Device, Dtype, Force, Model
 from sparc3.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,9 +32,7 @@ def circuit(
     out: Annotated[
         Path, typer.Option(help="Folder for report.json, the plot and the mask; it must not exist.")
     ],
-    model: Annotated[
-        str, typer.Argument(help="A folder, a hub id, a .gguf file, tiny-llama or tiny-opt.")
-    ] = "tiny-llama",
+    model: Model = "tiny-llama",
     task: Annotated[
         str,
         typer.Option(

@@ -13,7 +13,7 @@ from rich.table import Table
 
 import sparc3
 from sparc3 import console
-from sparc3.console import AsJson, Device, Dtype, Force, Length
+from sparc3.console import AsJson, Device, Dtype, Force, Length, Model
 from sparc3.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ def correct(
         Path,
         typer.Option(help="Folder for the corrected model, its mask, report.json and page; must not exist."),
     ],
-    model: Annotated[
-        str, typer.Argument(help="A folder, a hub id, a .gguf file, tiny-llama or tiny-opt.")
-    ] = "tiny-llama",
+    model: Model = "tiny-llama",
     behaviour: Annotated[
         str,
         typer.Option(

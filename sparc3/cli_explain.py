@@ -11,7 +11,7 @@ from rich.table import Table
 
 import sparc3
 from sparc3 import console
-from sparc3.console import AsJson, Device, Dtype, Force
+from sparc3.console import AsJson, Device, Dtype, Force, Model
 from sparc3.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _PREDICTIONS = 5
 
 
 def explain(
-    model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, tiny-llama or tiny-opt.")],
+    model: Model,
     text: Annotated[str, typer.Argument(help="What the model reads; its next token is explained.")],
     answer: Annotated[
         str | None,

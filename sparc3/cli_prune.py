@@ -15,7 +15,7 @@ import typer
 
 import sparc3
 from sparc3 import console
-from sparc3.console import AsJson, Device, Dtype, Force, Length, Text, Update
+from sparc3.console import AsJson, Device, Dtype, Force, Length, Model, Text, Update
 from sparc3.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 
 def prune(
-    model: Annotated[
-        str, typer.Argument(help="A folder, a hub id, a .gguf file, tiny-llama or tiny-opt.")
-    ] = "tiny-llama",
+    model: Model = "tiny-llama",
     out: Annotated[
         Path | None,
         typer.Option(

@@ -40,6 +40,7 @@ Text = Annotated[
         help="Text: a .txt or .jsonl file, bundled, bundled:held_out, c4, wikitext2 or hf:NAME. Repeatable.",
     ),
 ]
+Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, tiny-llama or tiny-opt.")]
 Length = Annotated[
     int | None,
     typer.Option(
