@@ -140,11 +140,11 @@ def _circuits(data: dict[str, Any]) -> list[str]:
 def plots(data: dict[str, Any], path: Path) -> None:
     """Faithfulness against the share kept, mean over seeds: a picture beside the file for each unit and ablation.
 
-    Of several tables of one unit and ablation the one with the most seeds, then examples, is drawn.
+    Of several tables of one unit and ablation the one with the most rows is drawn, seeds and methods together.
     """
     largest: dict[tuple, list[dict[str, Any]]] = {}
     for (unit, ablation, *_), part in _groups(data["rows"], *_TABLE).items():
-        largest[unit, ablation] = max(largest.get((unit, ablation), part), part, key=_size)
+        largest[unit, ablation] = max(largest.get((unit, ablation), part), part, key=len)
     for (unit, ablation), part in largest.items():
         curves: dict[str, Sequence[tuple[float, float]]] = {}
         for (method, rule), same in _groups(part, "method", "rule").items():
@@ -152,15 +152,10 @@ def plots(data: dict[str, Any], path: Path) -> None:
             curves[f"{method}: {short_rule(rule)}" if rule else method] = [
                 (each[0]["fraction"], _mean(point["faithfulness"] for point in each)) for each in points
             ]
-        seeds, ranked, examples = _size(part)
+        seeds, ranked, examples = len({row["seed"] for row in part}), part[0]["ranked"], part[0]["examples"]
         drawn = f"{seeds} seed{'s' if seeds > 1 else ''}, ranked on {ranked}, judged on {examples}"
         title = f"{data['model']}, indirect objects, {ablation} ablation, {drawn}"
         plot_faithfulness(curves, path.with_name(f"{path.stem}-{unit}-{ablation}.png"), title, f"{unit}s")
-
-
-def _size(rows: Sequence[dict[str, Any]]) -> tuple[int, int, int]:
-    """Seeds, ranking and judging examples of a table."""
-    return len({row["seed"] for row in rows}), rows[0]["ranked"], rows[0]["examples"]
 
 
 def _ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> str:
