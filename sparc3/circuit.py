@@ -308,6 +308,13 @@ class Search:
         of_mlps = torch.tensor([name.startswith("m") for name in found.names])
         return found, torch.where(of_mlps, scores[mlps], scores[heads])
 
+    def kept_and_ablated(self, nodes: Components, keep: torch.Tensor | Mask) -> tuple[set[str], set[str]]:
+        """Names of heads and MLPs that are kept, be it in part, and of those that are ablated; of weights neither."""
+        if self._components is None or isinstance(keep, Mask):
+            return set(), set()
+        kept, ablated = (nodes.sharing(self._components, chosen) for chosen in (keep, ~keep))
+        return kept, ablated - kept
+
     def by_block(self, keep: torch.Tensor | Mask) -> list[dict[str, int]]:
         """[{block, kept, of}]: how many weights or components of each block are kept."""
         if isinstance(keep, Mask):

@@ -114,19 +114,21 @@ def write_circuit(
         for row in report["results"]
     }
     plot_faithfulness(curves, faithfulness, title, f"{search.unit}s")
-    kept = set(report["circuit"].get("components", []))
+    kept, ablated = search.kept_and_ablated(nodes, keep)
     scores = dict(zip(nodes.names, relevance_of_nodes.tolist(), strict=True))
     blocks = search.model.config.num_hidden_layers
     heads = [[scores[name] for name in scores if name.startswith(f"a{block}.")] for block in range(blocks)]
     mlps = [scores[f"m{block}"] for block in range(blocks)] if "m0" in scores else []
+    # Of an MLP that is kept in part no frame could say how much of it is.
+    framed = set() if search.unit == "neuron" else kept
     plot_relevance(
-        heads, mlps, heat, f"Relevance of heads and MLPs, {title.partition(', ')[0]}, {task}", kept
+        heads, mlps, heat, f"Relevance of heads and MLPs, {title.partition(', ')[0]}, {task}", framed
     )
     ranked = [(nodes, relevance_of_nodes)]
     if search.unit == "neuron" and isinstance(first.scores, torch.Tensor):
         ranked.append((components(search.model, "neuron"), first.scores))
     write_hook_scores(folder / "components.safetensors", *ranked)
-    write_mib(folder / "mib.json", search.model, nodes, relevance_of_nodes, set(search.names) - kept)
+    write_mib(folder / "mib.json", search.model, nodes, relevance_of_nodes, ablated)
     write_report(folder, report)
     write_text(folder / "circuit.html", circuit_page(report, faithfulness, heat))
 

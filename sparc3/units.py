@@ -71,6 +71,16 @@ class Components:
             total.index_add_(-1, site.component, channels[site.name])
         return total
 
+    def sharing(self, other: Components, chosen: torch.Tensor) -> set[str]:
+        """Names of components that have a channel of those of ``other`` that are chosen [n] bool."""
+        channels = {site.name: chosen.to(site.component.device)[site.component] for site in other.sites}
+        return {
+            self.names[index]
+            for site in self.sites
+            if site.name in channels
+            for index in site.component[channels[site.name]].unique().tolist()
+        }
+
     def first_ablated(self, keep: torch.Tensor, default: int) -> int:
         """The first block with a component that is not kept [n] bool; ``default`` where all are."""
         layers = [site.layer for site in self.sites if not keep[site.component.cpu()].all()]

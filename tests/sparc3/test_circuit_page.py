@@ -110,6 +110,25 @@ def test_samples_are_what_the_whole_model_and_the_circuit_answer(heads):
         assert values == pytest.approx(r.tokens[0].tolist(), abs=1e-3)
 
 
+@pytest.mark.parametrize("unit", ["kv-head", "layer", "neuron"])
+def test_heads_and_mlps_are_in_the_graph_where_what_holds_them_is(tmp_path, unit):
+    report = found(tmp_path / "out", "--unit", unit, "--keep", "0.25" if unit != "neuron" else "0.001")
+    chosen = set(report["circuit"]["components"])
+    nodes = json.loads((tmp_path / "out" / "mib.json").read_text())["nodes"]
+    for block in range(4):
+        heads = {f"a{block}.h{head}" for head in range(4)}
+        # Two query heads to a key-value head.
+        expected = {
+            "kv-head": {f"a{block}.h{head}" for head in range(4) if f"a{block}.kv{head // 2}" in chosen}
+            | {f"m{block}"},
+            "layer": {*heads, f"m{block}"} if f"l{block}" in chosen else set(),
+            "neuron": heads
+            | ({f"m{block}"} if any(name.startswith(f"m{block}.") for name in chosen) else set()),
+        }[unit]
+        assert {name for name in (*heads, f"m{block}") if nodes[name]["in_graph"]} == expected
+    assert 0 < len(chosen) < 4
+
+
 def test_scores_carry_transformer_lens_names_and_mibs_format(heads):
     folder, report = heads
     tensors = load_file(folder / "components.safetensors")
