@@ -12,7 +12,11 @@ from sparc3 import console
 from sparc3.console import AsJson, Device, Force
 from sparc3.errors import InputError
 
-app = typer.Typer(no_args_is_help=True, help="Measure the sparse kernels beside dense and other libraries.")
+app = typer.Typer(
+    cls=console.Commands,
+    no_args_is_help=True,
+    help="Measure the sparse kernels beside dense and other libraries.",
+)
 
 
 @app.command("decode")

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from sparc3.mask import Mask
     from sparc3.models import Loaded
 
-app = typer.Typer(no_args_is_help=True, help="Look at masks, apply, undo, combine and compare them.")
+app = typer.Typer(
+    cls=console.Commands, no_args_is_help=True, help="Look at masks, apply, undo, combine and compare them."
+)
 
 MaskFile = Annotated[
     Path, typer.Argument(metavar="MASK", help="A mask, as mask.safetensors in prune's folder.")

@@ -57,7 +57,14 @@ Update = Callable[..., None]
 
 
 class Commands(typer.core.TyperGroup):
-    """Wrong input ends in one line on stderr and exit code 2, Ctrl-C in 130."""
+    """Wrong input ends in one line on stderr and exit code 2, Ctrl-C in 130; help fills the lines it has."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and command.help:
+            # The lines of a docstring would be broken twice, where they end and where the terminal does.
+            command.help = "\n\n".join(" ".join(part.split()) for part in command.help.split("\n\n"))
+        return command
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -1,9 +1,11 @@
 """The command line: what each command prints and writes."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -263,6 +265,16 @@ def test_help_names_every_choice():
     for choices in (PRUNERS, ALLOCATIONS, targets.TARGETS, targets.POSITIONS, scores.REDUCTIONS):
         for choice in choices:
             assert choice in stdout
+
+
+@pytest.mark.parametrize("command", ["prune", "circuit", "correct", "bench decode"])
+def test_help_fills_its_lines(command):
+    above_the_tables = succeed(*command.split(), "--help").partition("\u256d")[0]
+    for paragraph in re.split(r"\n\s*\n", above_the_tables.strip()):
+        lines = [line.strip() for line in paragraph.split("\n")]
+        # A line ends where the next word has no room in 78 columns.
+        for line, following in pairwise(lines):
+            assert len(line) + 1 + len(following.split()[0]) > 78
 
 
 def test_help_and_version_need_nothing_heavy():
