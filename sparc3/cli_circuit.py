@@ -224,7 +224,11 @@ def _show(loaded: Loaded, report: dict[str, Any], out: Path) -> None:
     warning = blind(report)
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("method")
-    for column in ("kept at 0.9", "share", "accuracy", "CPR", "CMD", "Pearson", "Spearman", "seconds"):
+    # Beside exact ablation alone.
+    correlations = {"Pearson": "pearson", "Spearman": "spearman"}
+    if not any("agreement" in row for row in report["results"]):
+        correlations = {}
+    for column in ("kept at 0.9", "share", "accuracy", "CPR", "CMD", *correlations, "seconds"):
         table.add_column(column, justify="right")
     for row in sorted(report["results"], key=lambda row: row["sparsest"]["kept"]):
         point, agreement = row["sparsest"], row.get("agreement")
@@ -235,7 +239,7 @@ def _show(loaded: Loaded, report: dict[str, Any], out: Path) -> None:
             f"{point['accuracy']:.3f}",
             f"{row['cpr']:.3f}",
             f"{row['cmd']:.3f}",
-            *([f"{agreement[name]:.3f}" for name in ("pearson", "spearman")] if agreement else ("", "")),
+            *(f"{agreement[name]:.3f}" if agreement else "" for name in correlations.values()),
             f"{row['seconds']:.1f}",
         )
     full, empty, chosen, task = (report[name] for name in ("full", "empty", "circuit", "task"))

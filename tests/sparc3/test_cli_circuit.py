@@ -55,6 +55,7 @@ def test_the_folder_holds_the_report_the_plot_and_the_mask(room, asked):
     blind = report["empty"]["accuracy"] >= 0.9
     assert ("Note: with every neuron ablated the accuracy is still" in stdout) == blind
     assert "ranked on 6 examples, judged on 6 others" in stdout
+    assert "Pearson" not in stdout
 
 
 @pytest.mark.parametrize("unit", ["weight", "neuron", "head"])
@@ -107,6 +108,10 @@ def test_scores_agree_with_exact_ablation_where_it_is_compared(room, asked):
         scores, exact = (torch.tensor(list(rows[name]["scores"].values())) for name in (method, "exact"))
         assert rows[method]["agreement"] == pytest.approx(agreement(scores, exact), abs=1e-5)
     assert rows["lrp"]["settings"]["rule"] == str(sparc3.Rule.parse(circuits.DEFAULT_RULE))
+    stdout = succeed("circuit", *asked, *options[:-1], "shown")
+    (line,) = (line.split() for line in stdout.splitlines() if line.startswith("lrp "))
+    assert line[-3:-1] == [f"{rows['lrp']['agreement'][name]:.3f}" for name in ("pearson", "spearman")]
+    assert "Spearman" in stdout
 
 
 def test_force_replaces_a_circuit_but_nothing_else(room, asked):
