@@ -94,8 +94,9 @@ def measured(folder: Path, python: Path, loaded: Loaded, task: Task) -> dict[str
 def markdown(data: dict[str, Any]) -> str:
     """One table, seed by seed."""
     rows = data["rows"]
+    note = f" ({data['note']})" if data["note"] else ""
     lines = [
-        f"### EAP-IG beside us, {data['model']} ({data['note']})\n",
+        f"### EAP-IG beside us, {data['model']}{note}\n",
         f"Indirect objects, heads under patching, {data['examples']} examples to rank on and as many to judge on, "
         f"seeds {[row['seed'] for row in rows]}, of {rows[0]['heads']} heads: kept with 0.9 of the accuracy / CPR / "
         "CMD.\n",
