@@ -154,7 +154,7 @@ def plots(data: dict[str, Any], path: Path) -> None:
             ]
         seeds, ranked, examples = len({row["seed"] for row in part}), part[0]["ranked"], part[0]["examples"]
         drawn = f"{seeds} seed{'s' if seeds > 1 else ''}, ranked on {ranked}, judged on {examples}"
-        title = f"{data['model']}, indirect objects, {ablation} ablation, {drawn}"
+        title = f"{data['model']}, indirect objects, {ablation} ablation\n{drawn}"
         plot_faithfulness(curves, path.with_name(f"{path.stem}-{unit}-{ablation}.png"), title, f"{unit}s")
 
 
