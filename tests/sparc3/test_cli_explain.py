@@ -304,7 +304,7 @@ def test_a_full_disk_leaves_nothing(room, base, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sparc3.page.os.replace", full)
+    monkeypatch.setattr("sparc3.export.os.replace", full)
     refuse(room, "cannot write page.html", "explain", base, "a", "--out", "page.html")
 
 
