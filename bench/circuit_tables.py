@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparc3.evaluate import mean_interval
-from sparc3.report import plot_faithfulness
+from sparc3.report import decimals, plot_faithfulness
 
 
 def markdown(data: dict[str, Any]) -> str:
@@ -45,11 +45,11 @@ def _agreement(data: dict[str, Any]) -> list[str]:
             means = [
                 [_mean(row[kind][name] for row in same) for name in _NAMES] for kind in ("heads", "mlps")
             ]
-            cells = [" / ".join(f"{value:.3f}".replace("nan", "-") for value in each) for each in means]
+            cells = [" / ".join(map(decimals, each)) for each in means]
             table.append(
                 (min(map(min, means)), f"| {short_rule(rule) or method} | {cells[0]} | {cells[1]} |")
             )
-        lines += [f"{line} {least:.3f} |" for least, line in sorted(table, key=lambda pair: -pair[0])]
+        lines += [f"{line} {decimals(least)} |" for least, line in sorted(table, key=lambda pair: -pair[0])]
         lines.append("")
     return lines
 
@@ -71,7 +71,7 @@ def _rules(data: dict[str, Any]) -> list[str]:
         for (rule, target, reduce), same in _groups(part, "rule", "target", "reduce").items():
             of_unit = [[row for row in same if row["unit"] == unit] for unit in units]
             cells = [
-                f"{_share(rows):.2%}, {_mean(row['cpr'] for row in rows):.3f}" if rows else ""
+                f"{_share(rows):.2%}, {decimals(_mean(row['cpr'] for row in rows))}" if rows else ""
                 for rows in of_unit
             ]
             order = sum(math.log(_share(rows)) for rows in of_unit if rows)
@@ -128,13 +128,24 @@ def _circuits(data: dict[str, Any]) -> list[str]:
         ]
         of = _groups(part, "method", "rule")
         for (method, rule), same in sorted(of.items(), key=lambda item: _share(item[1])):
-            cpr, cmd = (_mean(row[name] for row in same) for name in ("cpr", "cmd"))
+            cpr, cmd = (_mean(row[name] for row in _defined(same)) for name in ("cpr", "cmd"))
             ours = of.get(("lrp", ""), [])
             ratio = "" if same is ours else _ratio(ours, same)
             name = f"{method}: {short_rule(rule)}" if rule else method
-            lines.append(f"| {name} | {_share(same):.2%} | {ratio} | {cpr:.3f} | {cmd:.3f} |")
+            lines.append(f"| {name} | {_share(same):.2%} | {ratio} | {decimals(cpr)} | {decimals(cmd)} |")
+        undefined = sorted(set(seeds) - {row["seed"] for row in _defined(part)})
+        if undefined:
+            lines.append(
+                f"\nCPR and CMD are of the other seeds than {undefined}: there the mean logit difference with every "
+                f"{unit} ablated is not below the whole model's, and faithfulness is undefined."
+            )
         lines.append("")
     return lines
+
+
+def _defined(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of which faithfulness is defined: it depends on the seed, not on the method."""
+    return [row for row in rows if decimals(row["cpr"]) != "-"]
 
 
 def plots(data: dict[str, Any], path: Path) -> None:
@@ -145,12 +156,17 @@ def plots(data: dict[str, Any], path: Path) -> None:
     largest: dict[tuple, list[dict[str, Any]]] = {}
     for (unit, ablation, *_), part in _groups(data["rows"], *_TABLE).items():
         largest[unit, ablation] = max(largest.get((unit, ablation), part), part, key=len)
-    for (unit, ablation), part in largest.items():
-        curves: dict[str, Sequence[tuple[float, float]]] = {}
+    for (unit, ablation), rows in largest.items():
+        part = _defined(rows) or rows
+        curves: dict[str, list[dict[str, Any]]] = {}
         for (method, rule), same in _groups(part, "method", "rule").items():
             points = zip(*(row["curve"] for row in same), strict=True)
             curves[f"{method}: {short_rule(rule)}" if rule else method] = [
-                (each[0]["fraction"], _mean(point["faithfulness"] for point in each)) for each in points
+                {
+                    name: _mean(point[name] for point in each)
+                    for name in ("fraction", "faithfulness", "accuracy")
+                }
+                for each in points
             ]
         seeds, ranked, examples = len({row["seed"] for row in part}), part[0]["ranked"], part[0]["examples"]
         drawn = f"{seeds} seed{'s' if seeds > 1 else ''}, ranked on {ranked}, judged on {examples}"
@@ -179,9 +195,9 @@ def _share(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def _mean(values: Iterable[float | None]) -> float:
-    """NaN, which JSON has as null, where a value is."""
+    """NaN, which JSON has as null, where a value is, or there is none."""
     known = [math.nan if value is None else value for value in values]
-    return sum(known) / len(known)
+    return sum(known) / len(known) if known else math.nan
 
 
 def short_rule(rule: str | None) -> str:

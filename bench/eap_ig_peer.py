@@ -28,7 +28,7 @@ from sparc3.agreement import agreement
 from sparc3.circuit import Search
 from sparc3.faithfulness import FRACTIONS, GOAL, areas, sparsest
 from sparc3.models import BUNDLED, Loaded
-from sparc3.report import versions
+from sparc3.report import as_json, decimals, versions
 from sparc3.tasks import Task, load_task, task_batches
 
 RESULTS = Path(__file__).parent / "results"
@@ -104,7 +104,7 @@ def markdown(data: dict[str, Any]) -> str:
     ]
     for method in rows[0]["methods"]:
         each = [row["methods"][method] for row in rows]
-        cells = [f"{one['kept']} / {one['cpr']:.3f} / {one['cmd']:.3f}" for one in each]
+        cells = [f"{one['kept']} / {decimals(one['cpr'])} / {decimals(one['cmd'])}" for one in each]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     same = [row["agreement"] for row in rows]
     lines.append(
@@ -131,7 +131,7 @@ def main(
     data = {"model": model, "note": loaded.note, "task": "ioi", "examples": examples, "steps": STEPS}
     data |= {"date": time.strftime("%Y-%m-%d"), "versions": versions(), "rows": rows}
     path = RESULTS / f"eap-ig-{Path(model).name}.json"
-    path.write_text(json.dumps(data) + "\n")
+    path.write_text(json.dumps(json.loads(as_json(data))) + "\n")
     path.with_suffix(".md").write_text(markdown(data))
     Console(width=120).print(markdown(data), markup=False)
 

@@ -61,7 +61,7 @@ class Circuit:
         settings: unit, ablation, method, rule, ... as plain JSON values.
         scores: [n] of components, or of weights.
         curve: one point for each of ``FRACTIONS``.
-        cpr, cmd: areas over the curve.
+        cpr, cmd: areas over the curve; NaN where faithfulness is undefined.
         sparsest: the smallest circuit measured from which on accuracy is at least 0.9 of the model's.
         seconds: for scoring alone.
     """
@@ -167,13 +167,15 @@ class Search:
                 f"the model does not do task {task.name}: its right answers are not ahead of the wrong ones (mean "
                 f"logit difference {self._full:.3g} on {len(full)} examples), so there is no circuit to find"
             )
-        if not self._full > self._empty:
-            raise InputError(
-                f"with every {unit} ablated the model does task {task.name} no worse (mean logit difference "
-                f"{self._empty:.3g}, {self._full:.3g} whole), so no {unit} is needed for it"
-            )
         self.full = self._point(1.0, self.total, full)
         self.empty = self._point(0.0, 0, empty)
+        # A larger mean alone does not do the task: the logits of what is left may be of any size.
+        if not self._full > self._empty and self.empty.accuracy >= GOAL * self.full.accuracy:
+            raise InputError(
+                f"with every {unit} ablated the model does task {task.name} no worse (mean logit difference "
+                f"{self._empty:.3g}, {self._full:.3g} whole; accuracy {self.empty.accuracy:.3f}, "
+                f"{self.full.accuracy:.3f} whole), so no {unit} is needed for it"
+            )
 
     def find(
         self,

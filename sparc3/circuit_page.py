@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from sparc3.faithfulness import GOAL
 from sparc3.mask import Mask
 from sparc3.models import Loaded
 from sparc3.page import coloured_html, full_scale, image, page, paragraph, spell, table
-from sparc3.report import plot_faithfulness, plot_relevance, write_report
+from sparc3.report import decimals, plot_faithfulness, plot_relevance, write_report
 from sparc3.tasks import TASK_TARGETS, Task, task_batches
 from sparc3.units import Components, components
 
@@ -109,10 +108,7 @@ def write_circuit(
         }
         mask.save(folder / "mask.safetensors")
     faithfulness, heat = folder / "faithfulness.png", folder / "relevance.png"
-    curves: dict[str, Sequence[tuple[float, float]]] = {
-        row["method"]: [(point["fraction"], point["faithfulness"]) for point in row["curve"]]
-        for row in report["results"]
-    }
+    curves = {row["method"]: row["curve"] for row in report["results"]}
     plot_faithfulness(curves, faithfulness, title, f"{search.unit}s")
     kept, ablated = search.kept_and_ablated(nodes, keep)
     scores = dict(zip(nodes.names, relevance_of_nodes.tolist(), strict=True))
@@ -137,7 +133,7 @@ def circuit_page(report: dict[str, Any], faithfulness: Path, heat: Path) -> str:
     """The page, from the report and the two plots."""
     name, task = Path(report["model"]["name"]).name, report["task"]
     chosen, unit = report["circuit"], report["unit"]
-    share, warning = chosen["kept"] / report["total"], blind(report)
+    share, warning = chosen["kept"] / report["total"], caveat(report)
     note = report["model"]["note"]
     sections = [
         (
@@ -146,14 +142,17 @@ def circuit_page(report: dict[str, Any], faithfulness: Path, heat: Path) -> str:
                 paragraph(
                     f"{chosen['kept']} of {report['total']} {unit}s ({share:.2%}), ranked by "
                     f"{chosen['method']}, with the rest ablated ({report['ablation']}): accuracy "
-                    f"{chosen['accuracy']:.3f}, faithfulness {chosen['faithfulness']:.3f}. The whole model: accuracy "
-                    f"{report['full']['accuracy']:.3f}. With every {unit} ablated: "
+                    f"{chosen['accuracy']:.3f}, faithfulness {decimals(chosen['faithfulness'])}. The whole model: "
+                    f"accuracy {report['full']['accuracy']:.3f}. With every {unit} ablated: "
                     f"{report['empty']['accuracy']:.3f}."
                 ),
                 *([paragraph(f"Note: {warning}.", "note")] if warning else []),
                 *([paragraph(f"Note: the model is {note}.", "note")] if note else []),
                 table(*_methods(report)),
-                image(faithfulness, "Faithfulness against the share kept, one line a method"),
+                image(
+                    faithfulness,
+                    "Faithfulness (accuracy where undefined) against the share kept, one line a method",
+                ),
             ],
         ),
         (
@@ -170,22 +169,28 @@ def circuit_page(report: dict[str, Any], faithfulness: Path, heat: Path) -> str:
     return page(f"The circuit of {task['name']} in {name}", sections)
 
 
-def blind(report: dict[str, Any]) -> str:
-    """What to say where accuracy cannot tell a circuit from nothing; empty where it can."""
-    full, empty = (report[name]["accuracy"] for name in ("full", "empty"))
-    if empty < GOAL * full:
-        return ""
-    return (
-        f"with every {report['unit']} ablated the accuracy is still {empty:.3f} of {full:.3f}, so that it does not "
-        "show how sparse a circuit may be; go by the faithfulness"
-    )
+def caveat(report: dict[str, Any]) -> str:
+    """What to say where accuracy or faithfulness cannot tell a circuit from nothing; empty where both can."""
+    full, empty, unit = report["full"], report["empty"], report["unit"]
+    if empty["accuracy"] >= GOAL * full["accuracy"]:
+        return (
+            f"with every {unit} ablated the accuracy is still {empty['accuracy']:.3f} of {full['accuracy']:.3f}, so "
+            "that it does not show how sparse a circuit may be; go by the faithfulness"
+        )
+    if not full["logit_difference"] > empty["logit_difference"]:
+        return (
+            f"with every {unit} ablated the mean logit difference, {empty['logit_difference']:.3g}, is not below the "
+            f"whole model's, {full['logit_difference']:.3g}, so that faithfulness, CPR and CMD are undefined; go by "
+            f"the accuracy, which falls from {full['accuracy']:.3f} to {empty['accuracy']:.3f}"
+        )
+    return ""
 
 
 def _methods(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in sorted(report["results"], key=lambda row: row["sparsest"]["kept"]):
         point = row["sparsest"]
-        numbers = [f"{point['accuracy']:.3f}", f"{row['cpr']:.3f}", f"{row['cmd']:.3f}"]
+        numbers = [decimals(point["accuracy"]), decimals(row["cpr"]), decimals(row["cmd"])]
         rows.append([row["method"], str(point["kept"]), f"{point['kept'] / report['total']:.2%}", *numbers])
     return ["method", "kept at 0.9 of the accuracy", "share", "accuracy", "CPR", "CMD"], rows
 

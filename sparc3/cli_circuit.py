@@ -219,9 +219,10 @@ def _report(
 
 
 def _show(loaded: Loaded, report: dict[str, Any], out: Path) -> None:
-    from sparc3.circuit_page import blind
+    from sparc3.circuit_page import caveat
+    from sparc3.report import decimals
 
-    warning = blind(report)
+    warning = caveat(report)
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("method")
     # Beside exact ablation alone.
@@ -237,8 +238,8 @@ def _show(loaded: Loaded, report: dict[str, Any], out: Path) -> None:
             str(point["kept"]),
             f"{point['kept'] / report['total']:.2%}",
             f"{point['accuracy']:.3f}",
-            f"{row['cpr']:.3f}",
-            f"{row['cmd']:.3f}",
+            decimals(row["cpr"]),
+            decimals(row["cmd"]),
             *(f"{agreement[name]:.3f}" if agreement else "" for name in correlations.values()),
             f"{row['seconds']:.1f}",
         )
@@ -251,7 +252,7 @@ def _show(loaded: Loaded, report: dict[str, Any], out: Path) -> None:
         f"every {report['unit']} ablated ({report['ablation']}): {empty['accuracy']:.3f}, "
         f"{empty['logit_difference']:.3g}",
         f"circuit of {chosen['method']}: {chosen['kept']} of {report['total']} {report['unit']}s, accuracy "
-        f"{chosen['accuracy']:.3f}, faithfulness {chosen['faithfulness']:.3f}",
+        f"{chosen['accuracy']:.3f}, faithfulness {decimals(chosen['faithfulness'])}",
         *_named(chosen.get("components", [])),
         *([f"Note: {warning}"] if warning else []),
         *console.notes(loaded),

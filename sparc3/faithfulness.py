@@ -5,11 +5,13 @@ Faithfulness of the circuit of the leading share k is
     f(k) = (m(k) - m(empty)) / (m(model) - m(empty)),
 
 m the mean logit difference; CPR = area under f over k, CMD = area under |1 - f|, both by trapezoids on the grid
-``FRACTIONS``. Beside them stands the sparsest circuit that still does the task.
+``FRACTIONS``. Where the empty model's mean is not below the whole model's there is no scale to measure on, and all
+three are NaN. Beside them stands the sparsest circuit that still does the task, by accuracy.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +33,7 @@ class Point:
         kept: how many it has.
         logit_difference: mean over examples.
         accuracy: share of the examples on which the right answer is ahead of the wrong one.
-        faithfulness: f, see the module.
+        faithfulness: f, see the module; NaN where it is undefined.
     """
 
     fraction: float
@@ -42,7 +44,9 @@ class Point:
 
 
 def faithfulness(mean: float, full: float, empty: float) -> float:
-    """f of a circuit, from its mean logit difference, the model's and the empty circuit's."""
+    """f of a circuit, from mean logit differences of it, the model and the empty circuit; NaN if full <= empty."""
+    if not full > empty:
+        return math.nan
     return (mean - empty) / (full - empty)
 
 

@@ -109,6 +109,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def decimals(value: float | None, digits: int = 3) -> str:
+    """A number for a table; "-" where it is undefined: NaN, or the null that report.json has for it."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
 def table(results: Sequence[dict[str, Any]], dense: float | None = None) -> Table:
     """A rich table of results, the best perplexity first.
 
@@ -188,26 +193,32 @@ def draw_line(axes: Any, method: str, points: Sequence[tuple[float, float]], sty
 
 
 def plot_faithfulness(
-    curves: dict[str, Sequence[tuple[float, float]]], path: str | Path, title: str, kept: str
+    curves: dict[str, Sequence[dict[str, Any]]], path: str | Path, title: str, kept: str
 ) -> None:
     """Faithfulness against the share kept, one line a method, 0 and 1 dashed; format by the path's ending.
 
+    Where faithfulness is undefined it is accuracy, the whole model's dashed.
+
     Args:
-        curves: {method: [(share, faithfulness), ...]}.
+        curves: {method: points of fraction, faithfulness and accuracy}, the whole model last.
         kept: what is kept, for the axis, as "weights".
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 4.4), layout="constrained")
     axes = figure.subplots()
+    undefined = any(decimals(point["faithfulness"]) == "-" for points in curves.values() for point in points)
+    measure = "accuracy" if undefined else "faithfulness"
     for method, points in curves.items():
-        draw_line(axes, method, sorted(points))
-    for level, name in ((1.0, "whole model"), (0.0, "all ablated")):
+        draw_line(axes, method, sorted((point["fraction"], point[measure]) for point in points))
+    whole = max(points[-1]["accuracy"] for points in curves.values())
+    levels = {"whole model": whole} if undefined else {"whole model": 1.0, "all ablated": 0.0}
+    for name, level in levels.items():
         axes.axhline(level, color="black", linewidth=1, linestyle="--" if level else ":", label=name)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     axes.set_xlabel(f"{kept} kept (log scale)")
-    axes.set_ylabel("faithfulness on held-out examples")
+    axes.set_ylabel(f"{measure} on held-out examples")
     axes.set_title(title)
     axes.grid(alpha=0.25, which="both")
     # Beside the axes: within them it would hide lines wherever there are many methods.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from itertools import chain, product
@@ -54,11 +55,13 @@ def _methods(results: Results) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in results))
 
 
-def _spread(values: Iterable[float], digits: int = 2) -> str:
-    """Mean and, of several, the standard deviation."""
-    found = list(values)
+def _spread(values: Iterable[float | None], digits: int = 2) -> str:
+    """Mean and, of several, the standard deviation; "-" where one is undefined, which report.json has as null."""
+    found = [math.nan if value is None else value for value in values]
     if not found:
         return ""
+    if not all(map(math.isfinite, found)):
+        return "-"
     mean = f"{statistics.mean(found):.{digits}f}"
     return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.{digits}f}"
 

@@ -164,6 +164,13 @@ def test_faithfulness_and_areas_by_hand():
     assert cmd == pytest.approx(0.1 * 0.75 + 0.3 * 0.5 + 0.5 * 0.25)
 
 
+@pytest.mark.parametrize("empty", [5.0, 6.0, math.nan])
+def test_faithfulness_is_undefined_where_the_empty_model_is_not_below_the_whole(empty):
+    assert math.isnan(faithfulness(2.0, 5.0, empty))
+    curve = [Point(fraction, 0, 0.0, 0.0, math.nan) for fraction in (0.1, 1.0)]
+    assert all(map(math.isnan, areas(curve)))
+
+
 def test_the_sparsest_circuit_is_the_one_from_which_on_accuracy_holds():
     def point(fraction, accuracy=None):
         # Accuracy holds from 0.3 on, and once, by chance, at 0.02.
@@ -202,6 +209,23 @@ def test_every_method_runs_and_repeats_itself():
             assert first.curve == again.curve
             assert first.settings == again.settings
             assert first.settings["method"] == method
+
+
+def test_a_larger_difference_of_an_empty_model_that_does_not_do_the_task_is_no_refusal():
+    model = model_of("llama")
+    task = letters.task(model, rows=letters.misleading_lines(model))
+    search = Search(model, words.tokenizer(), task, "weight")
+    assert search.empty.logit_difference > search.full.logit_difference > 0
+    assert (search.full.accuracy, search.empty.accuracy) == (1, 1 / 3)
+    circuit = search.find("lrp")
+    assert all(math.isnan(value) for value in (circuit.cpr, circuit.cmd))
+    assert all(math.isnan(point.faithfulness) for point in (search.full, search.empty, *circuit.curve))
+    assert circuit.sparsest.accuracy >= GOAL
+    # Accuracy holds at every larger circuit of the curve, and not at the next smaller one.
+    larger = [point.accuracy for point in circuit.curve if point.fraction > circuit.sparsest.fraction]
+    smaller = [point.accuracy for point in circuit.curve if point.fraction < circuit.sparsest.fraction]
+    assert all(accuracy >= GOAL for accuracy in larger)
+    assert smaller[-1] < GOAL
 
 
 # Refused

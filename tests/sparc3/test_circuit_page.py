@@ -83,7 +83,8 @@ def test_the_page_says_what_the_report_says(heads):
 @pytest.mark.parametrize(("empty", "said"), [(0.82, True), (0.8, False)])
 def test_the_page_says_where_accuracy_cannot_tell_a_circuit_from_nothing(heads, empty, said):
     folder, report = heads
-    report = {**report, "full": {"accuracy": 0.9}, "empty": {"accuracy": empty}}
+    full, empty_point = ({"accuracy": accuracy, "logit_difference": accuracy} for accuracy in (0.9, empty))
+    report = {**report, "full": full, "empty": empty_point}
     text = circuit_page(report, folder / "faithfulness.png", folder / "relevance.png")
     assert (f"with every head ablated the accuracy is still {empty:.3f} of 0.900" in text) == said
 

@@ -13,6 +13,7 @@ import sparc3
 from sparc3 import circuit as circuits
 from sparc3.ablation import differences
 from sparc3.agreement import agreement
+from sparc3.circuit_page import circuit_page
 from sparc3.mask import Mask
 from sparc3.tasks import SCHEMA, load_task, task_batches
 
@@ -56,6 +57,39 @@ def test_the_folder_holds_the_report_the_plot_and_the_mask(room, asked):
     assert ("Note: with every neuron ablated the accuracy is still" in stdout) == blind
     assert "ranked on 6 examples, judged on 6 others" in stdout
     assert "Pearson" not in stdout
+
+
+def test_where_faithfulness_is_undefined_the_circuit_is_judged_by_accuracy(room, base, asked):
+    rows = letters.misleading_lines(sparc3.load(base).model)
+    # Of a group, examples are all ranked on or all judged on: each third is of those that embeddings alone do.
+    (room / "task.jsonl").write_text(
+        "".join(json.dumps(row | {"group": str(n % 2)}) + "\n" for n, row in enumerate(rows))
+    )
+    command = ("circuit", *asked, "--unit", "weight", "--compare", "magnitude")
+    found = succeed_json(*command, "--out", "out")
+    full, empty = found["full"], found["empty"]
+    assert empty["logit_difference"] > full["logit_difference"]
+    assert (full["accuracy"], empty["accuracy"]) == (1, pytest.approx(1 / 3))
+    assert found["circuit"]["accuracy"] >= 0.9
+    note = (
+        f"with every weight ablated the mean logit difference, {empty['logit_difference']:.3g}, is not below the "
+        f"whole model's, {full['logit_difference']:.3g}, so that faithfulness, CPR and CMD are undefined; go by the "
+        "accuracy, which falls from 1.000 to 0.333"
+    )
+    report = json.loads((room / "out/report.json").read_text())
+    for row in report["results"]:
+        assert (row["cpr"], row["cmd"]) == (None, None)
+        assert {point["faithfulness"] for point in row["curve"]} == {None}
+    stdout = succeed(*command, "--out", "shown")
+    assert f"Note: {note}" in stdout
+    (line,) = (line.split() for line in stdout.splitlines() if line.startswith("lrp "))
+    assert line[-3:-1] == ["-", "-"]
+    page = (room / "out/circuit.html").read_text()
+    assert note.replace("'", "&#x27;") in page
+    # From the file, where NaN is null, the page is the same.
+    assert circuit_page(report, room / "out/faithfulness.png", room / "out/relevance.png") == page
+    assert ", faithfulness -. The whole model" in page
+    assert not re.search(r"\bnan\b", stdout + re.sub('src="[^"]*"', "", page))
 
 
 @pytest.mark.parametrize("unit", ["weight", "neuron", "head"])

@@ -15,7 +15,16 @@ from rich.console import Console
 from tiny import build
 
 from sparc3.models import Loaded
-from sparc3.report import as_json, describe, plot_perplexity, table, tensor_sparsity, versions, write_report
+from sparc3.report import (
+    as_json,
+    describe,
+    plot_faithfulness,
+    plot_perplexity,
+    table,
+    tensor_sparsity,
+    versions,
+    write_report,
+)
 from sparc3.scores import attribute
 
 RESULTS = [
@@ -118,6 +127,30 @@ def test_the_file_is_what_its_ending_says(tmp_path, ending):
     else:
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("faithfulness", "measure", "levels"),
+    [
+        ([0.25, 1.0], "faithfulness", {"whole model": 1.0, "all ablated": 0.0}),
+        ([math.nan, math.nan], "accuracy", {"whole model": 0.75}),
+        ([None, None], "accuracy", {"whole model": 0.75}),  # as report.json holds it
+    ],
+)
+def test_accuracy_is_drawn_where_faithfulness_is_undefined(monkeypatch, faithfulness, measure, levels):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **rest: figures.append(figure))
+    points = [
+        {"fraction": fraction, "faithfulness": value, "accuracy": accuracy}
+        for fraction, value, accuracy in zip((0.1, 1.0), faithfulness, (0.5, 0.75), strict=True)
+    ]
+    plot_faithfulness({"lrp": points}, "plot.png", "a title", "weights")
+    (axes,) = figures[0].axes
+    line, *dashed = axes.get_lines()
+    assert list(line.get_xdata()) == [0.1, 1.0]
+    assert list(line.get_ydata()) == [point[measure] for point in points]
+    assert {one.get_label(): one.get_ydata()[0] for one in dashed} == levels
+    assert axes.get_ylabel() == f"{measure} on held-out examples"
 
 
 def test_plotting_leaves_matplotlib_as_it_was(tmp_path):

@@ -174,6 +174,9 @@ def test_models_stand_apart_in_tables_and_plots(tmp_path):
     table = markdown("ioi", config, results)
     assert "| one | head | lrp | 25.00 % | 0.12 | 1 |" in table
     assert "| two | head | lrp | 50.00 % | 0.25 | 1 |" in table
+    # Null where faithfulness is undefined.
+    undefined = markdown("ioi", config, [row | {"cpr": None} for row in results])
+    assert "| one | head | lrp | 25.00 % | - | 1 |" in undefined
     plot("ioi", config, results, tmp_path / "plot.png")
     image = Image.open(tmp_path / "plot.png")
     # Three units beside each other, two models below each other, 150 dots an inch.
