@@ -91,7 +91,12 @@ def correct(
         ),
     ] = True,
     points: Annotated[
-        int, typer.Option(min=1, help="How many N to measure, each half the next; the plot has them all.")
+        int,
+        typer.Option(
+            min=1,
+            help="How many N to measure, each half the next; the plot has them all. Where N is chosen, up to three "
+            "more, each twice the last, while --budget holds and the behaviour is shown.",
+        ),
     ] = 6,
     rule: Annotated[
         str | None,
@@ -205,7 +210,8 @@ def correct(
                 contrast=how,
                 rule=rule,
                 target=target,
-                counts=halvings(correction.largest() if last is None else last, points),
+                counts=None if last is None else halvings(last, points),
+                points=points,
                 budget=budget if last is None else None,
                 spare=budget if spare else None,
                 seed=seed,

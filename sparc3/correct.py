@@ -7,7 +7,7 @@
 The prompts are run first. Of those whose continuation shows the behaviour one half explains it, and the other half
 judges the correction; general text likewise. Components are scored by contrast (sparc3.contrast), the lowest are
 removed but for those that are spared (sparc3.spare), and N is the largest of a sweep at which general text is
-predicted as well as the budget asks.
+predicted as well as the budget asks. The sweep goes on while the budget holds and the behaviour is still shown.
 """
 
 from __future__ import annotations
@@ -42,12 +42,10 @@ from sparc3.rules import Rule
 from sparc3.scores import Scores, as_batches
 from sparc3.select import select
 from sparc3.spare import DEPTH, affordable, zeroed
-from sparc3.sweep import Measured, halvings, within_budget
+from sparc3.sweep import BEYOND, POINTS, SHARES, Measured, goes_on, halvings, within_budget
 from sparc3.undesired import explained_batches, find_shown
 from sparc3.units import Components, ablated, components
 
-# Largest share of a sweep that is not told otherwise.
-SHARES = {"weight": 0.001, "neuron": 0.005, "head": 0.1}
 BUDGET = 0.01
 # What sparing measures on: the first windows that explain, and tokens of each.
 _PROBES, _PROBE_LENGTH = 4, 64
@@ -62,7 +60,7 @@ class Found:
 
     Attributes:
         settings: unit, method, contrast, ... as plain JSON values.
-        scores: the lowest go first.
+        scores: the lowest go first; of a sweep that is spared anew on its way, those of ``chosen``.
         sweep: one measurement for each N.
         chosen: the one that the budget or the caller chose; None where no N keeps to the budget.
         mask: of ``chosen``, over all prunable weights; of nothing removed where there is none.
@@ -160,6 +158,7 @@ class Correction:
         rule: str | Rule | None = None,
         target: str | None = None,
         counts: Sequence[int] | None = None,
+        points: int = POINTS,
         budget: float | None = BUDGET,
         spare: float | None = None,
         seed: int = 0,
@@ -171,7 +170,9 @@ class Correction:
             method: sparc3.contrast.METHODS of the unit.
             contrast: difference | set-difference | absolute.
             rule, target: of lrp; None: sparc3.contrast.default_rule, DEFAULT_TARGETS. The target is gradient's too.
-            counts: the sweep; None: ``POINTS`` numbers up to the unit's share of ``SHARES``, each half the next.
+            counts: the sweep; None: numbers up to the unit's share of ``SHARES``, each half the next, and, while the
+                budget holds and the behaviour is still shown, ``BEYOND`` times the last of them, each spared anew.
+            points: how many numbers, where ``counts`` is None and before any beyond.
             budget: the largest increase of perplexity, as 0.01; None: the last of ``counts`` is chosen as it is.
             spare: leave out what costs more than its share of such an increase, measured on a few of the windows that
                 explain; the sweep ends where nothing more can be afforded. None: nothing is spared.
@@ -182,7 +183,9 @@ class Correction:
         Raises:
             InputError: a setting is not known or does not fit, or a count is not of what there is.
         """
-        counts = halvings(self.largest()) if counts is None else list(counts)
+        beyond = BEYOND if counts is None else ()
+        if counts is None:
+            counts = halvings(max(1, round(SHARES[self.unit] * self.total)), points)
         for count in sorted(counts, reverse=True) or [0]:
             if not 1 <= count < self.total:
                 raise InputError(
@@ -197,31 +200,42 @@ class Correction:
             seed=seed,
             tell=lambda done, of: tell(f"{method}: scoring", done, of),
         )
-        counts = sorted(counts)
-        if spare is not None:
-            last = counts[-1]
-            scores, afforded = self._spared(
-                scores, last, spare, lambda accepted: tell(f"{method}: sparing", accepted, last)
-            )
-            counts = sorted({min(count, afforded) for count in counts} - {0})
         sweep: list[Measured] = []
-        for count in counts:
-            tell(f"{method}: {count} removed", len(sweep), len(counts))
-            sweep.append(self.measure(self.mask(scores, count), count))
+
+        def spared(last: int) -> tuple[Values, int]:
+            if spare is None:
+                return scores, last
+            return self._spared(scores, last, spare, lambda done: tell(f"{method}: sparing", done, last))
+
+        def measure(ranked: Values, counts: Sequence[int]) -> None:
+            for place, count in enumerate(counts):
+                tell(f"{method}: {count} removed", place, len(counts))
+                sweep.append(self.measure(self.mask(ranked, count), count))
+
+        last = max(counts)
+        ranked, afforded = spared(last)
+        measure(ranked, sorted({min(count, afforded) for count in counts} - {0}))
+        for times in beyond:
+            if budget is None or not goes_on(sweep, budget) or times * last >= self.total:
+                break
+            wider, afforded = spared(times * last)
+            if afforded <= sweep[-1].count:
+                break
+            measure(wider, [afforded])
+            if sweep[-1].increase <= budget:
+                ranked = wider
         chosen = within_budget(sweep, budget) if budget is not None else sweep[-1] if sweep else None
         settings: dict[str, Any] = {"unit": self.unit, "method": method, "behaviour": self.behaviour.name}
-        if method != "random":
-            settings |= {"contrast": contrast}
+        settings |= {"seed": seed} if method == "random" else {"contrast": contrast}
         if method in ("lrp", "gradient"):
             settings |= {"target": target or DEFAULT_TARGETS[contrast]}
-        settings |= (
-            {"rule": str(Rule.parse(rule or default_rule(self.unit, contrast)))} if method == "lrp" else {}
-        )
-        settings |= {"seed": seed} if method == "random" else {}
+        if method == "lrp":
+            settings |= {"rule": str(Rule.parse(rule or default_rule(self.unit, contrast)))}
         settings |= {} if spare is None else {"spare": spare}
-        mask = self.mask(scores, chosen.count if chosen else 0)
-        mask.settings = {**settings, "count": chosen.count if chosen else 0}
-        return Found(settings, scores, tuple(sweep), chosen, mask)
+        count = chosen.count if chosen else 0
+        mask = self.mask(ranked, count)
+        mask.settings = {**settings, "count": count}
+        return Found(settings, ranked, tuple(sweep), chosen, mask)
 
     def score(
         self,
@@ -342,10 +356,6 @@ class Correction:
         order = torch.argsort(scores[self.unit], stable=True)[:count]
         return [self._components.names[index] for index in sorted(order.tolist())]
 
-    def largest(self) -> int:
-        """The last N of a sweep that is not told otherwise."""
-        return max(1, round(SHARES[self.unit] * self.total))
-
     def measure(self, mask: Mask, count: int = 0, judging: Sequence[Continuation] | None = None) -> Measured:
         """The model under a mask, on the judging prompts; the weights are back afterwards, bit for bit."""
         mask.apply(self.model, keep=True)
@@ -358,12 +368,11 @@ class Correction:
 
     def _measured(self, count: int, said: Sequence[Continuation]) -> Measured:
         scores = self.behaviour.scores(said)
-        shown = [score >= self.behaviour.threshold for score in scores]
         found = perplexity(self.model, self._judged).value if count else self._dense
         return Measured(
             count,
             count / self.total,
-            _mean(shown),
+            _mean(score >= self.behaviour.threshold for score in scores),
             _mean(scores),
             _mean(len(one.ids) for one in said),
             _mean(one.distinct for one in said),

@@ -9,6 +9,9 @@ from typing import Any
 from sparc3.continuations import Continuation
 
 POINTS = 6
+# Where a sweep that is not told otherwise ends, as a share; and how many times that it goes on to within the budget.
+SHARES = {"weight": 0.001, "neuron": 0.005, "head": 0.1}
+BEYOND = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class Measured:
 def halvings(last: int, points: int = POINTS) -> list[int]:
     """Up to ``points`` numbers that end with ``last``, each half the next, ascending."""
     return sorted({max(1, round(last / 2**step)) for step in range(points)})
+
+
+def goes_on(sweep: Sequence[Measured], budget: float) -> bool:
+    """Whether more may be removed: all of a sweep keeps to the budget, and the behaviour is still shown."""
+    return bool(sweep) and within_budget(sweep, budget) is sweep[-1] and sweep[-1].shown > 0
 
 
 def within_budget(sweep: Sequence[Measured], budget: float) -> Measured | None:

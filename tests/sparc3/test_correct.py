@@ -1,5 +1,7 @@
 """Corrections: a planted neuron is found and removed, exactly so many go, and everything comes back."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -13,7 +15,7 @@ from sparc3.correct import Correction
 from sparc3.errors import InputError
 from sparc3.evaluate import perplexity
 from sparc3.scores import as_batches
-from sparc3.sweep import Measured, halvings, within_budget
+from sparc3.sweep import SHARES, Measured, halvings, within_budget
 from sparc3.undesired import explained_batches
 
 PROMPTS = [f"{a}{b}" for a in "abcdefgh" for b in "xyz"]
@@ -236,6 +238,64 @@ def test_the_budget_chooses_the_largest_that_keeps_to_it():
     found = correction().find("lrp", counts=[1, 2], budget=-0.9)
     assert found.chosen is None
     assert found.mask.sparsity == 0
+
+
+@pytest.mark.parametrize("spare", [None, 0.05])
+@pytest.mark.parametrize(
+    ("increases", "shown", "counts", "chosen"),
+    [
+        # 0.1 of 96 neurons is 10; 2, 4 and 8 times as many are within all of them.
+        ({10: 0.0, 20: 0.001, 40: 0.009, 80: 0.01}, {}, [1, 2, 5, 10, 20, 40, 80], 80),
+        ({10: 0.0, 20: 0.001, 40: 0.011, 80: 0.0}, {}, [1, 2, 5, 10, 20, 40], 20),
+        ({10: 0.02}, {}, [1, 2, 5, 10], 5),
+        ({5: 0.02, 10: 0.0}, {}, [1, 2, 5, 10], 2),  # one that costs too much ends it, whatever is after it
+        ({10: float("nan")}, {}, [1, 2, 5, 10], 5),
+        ({}, {20: 0.0}, [1, 2, 5, 10, 20], 20),  # nothing is left to correct
+    ],
+)
+def test_a_sweep_goes_on_while_the_budget_holds(monkeypatch, increases, shown, counts, chosen, spare):
+    search, asked = correction(), []
+    monkeypatch.setitem(SHARES, "neuron", 0.1)
+
+    def measure(mask, count):
+        point = replace(measured(count, increases.get(count, 0.0)), shown=shown.get(count, 1.0))
+        removed[count] = mask
+        return point
+
+    def spared(scores, last, budget, progress):
+        asked.append(last)
+        # Each time other ones.
+        return {"neuron": torch.arange(96.0).roll(last)}, last
+
+    removed = {}
+    monkeypatch.setattr(search, "measure", measure)
+    monkeypatch.setattr(search, "_spared", spared)
+    found = search.find("lrp", points=4, budget=0.01, spare=spare)
+    assert [point.count for point in found.sweep] == counts
+    assert found.chosen.count == chosen
+    assert asked == ([] if spare is None else [10, *(count for count in counts if count > 10)])
+    # What is saved, and named, is what was measured of the chosen number.
+    assert all(torch.equal(found.mask.bits[name], bits) for name, bits in removed[chosen].bits.items())
+    if spare is not None:
+        start = max(chosen, 10)
+        assert set(search.names(found.scores, chosen)) == {
+            f"m{index // 48}.n{index % 48}" for index in ((start + place) % 96 for place in range(chosen))
+        }
+    # Numbers that are told are measured and no others.
+    monkeypatch.setattr(search, "measure", lambda mask, count: measured(count, 0.0))
+    assert [point.count for point in search.find("lrp", counts=[3]).sweep] == [3]
+    assert [point.count for point in search.find("lrp", points=1, budget=None).sweep] == [10]
+
+
+def test_a_sweep_ends_where_sparing_finds_no_more(monkeypatch):
+    search = correction()
+    monkeypatch.setitem(SHARES, "neuron", 0.1)
+    monkeypatch.setattr(search, "measure", lambda mask, count: measured(count, 0.0))
+    monkeypatch.setattr(search, "_spared", lambda scores, last, *rest: (scores, min(last, 13)))
+    assert [point.count for point in search.find("lrp", points=1, spare=0.01).sweep] == [10, 13]
+    monkeypatch.setattr(search, "_spared", lambda scores, last, *rest: (scores, 0))
+    found = search.find("lrp", points=1, spare=0.01)
+    assert (found.sweep, found.chosen, found.mask.sparsity) == ((), None, 0)
 
 
 def test_a_number_that_is_asked_for_is_kept_even_where_the_model_breaks(monkeypatch):
