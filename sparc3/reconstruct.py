@@ -15,6 +15,7 @@ tokens there are.
 from __future__ import annotations
 
 import torch
+from sparc3_kernels.linear import linear
 from sparc3_kernels.select import select_flat, select_nm, select_rows, unpack_bits
 
 from sparc3.inputs import Inputs
@@ -134,16 +135,19 @@ def least_squares(
 
 
 def _conjugate_gradients(
-    old: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, ridge: torch.Tensor, tolerance: float
+    old: torch.Tensor, given: torch.Tensor, gram: torch.Tensor, ridge: torch.Tensor, tolerance: float
 ) -> torch.Tensor:
     """``least_squares`` of one [out, in]; a row that has come close enough costs no more."""
-    scale = gram.diagonal() + ridge
-    found, values = torch.empty_like(old), old * kept
-    wanted = old @ gram + ridge * old
-    residual = (wanted - values @ gram - ridge * values) * kept
-    step = residual / scale
-    size = (residual * step).sum(-1, keepdim=True)
-    enough = tolerance**2 * (wanted.square() / scale * kept).sum(-1, keepdim=True)
+    # In units of 1 / sqrt(H_jj + lambda) the diagonal is 1, and that is all the preconditioner there is.
+    unit = (gram.diagonal() + ridge).rsqrt()
+    system = gram * unit
+    system.mul_(unit[:, None]).fill_diagonal_(1.0)
+    scaled, kept = old / unit, given.to(old.dtype)
+    # The change of the kept values, from zero: where nothing is to be mended they stay as they are, to the last bit.
+    found, values = torch.empty_like(old), torch.zeros_like(old)
+    enough = tolerance**2 * _squares(linear(scaled, system).mul_(kept))
+    residual = linear(scaled.mul_(1 - kept), system).mul_(kept)
+    step, size = residual.clone(), _squares(residual)
     rows = torch.arange(len(old), device=old.device)
     for _ in range(_STEPS):
         going = (size > enough).squeeze(-1)
@@ -154,12 +158,16 @@ def _conjugate_gradients(
             found[rows] = values
             rows, values, kept, residual = rows[going], values[going], kept[going], residual[going]
             step, size, enough = step[going], size[going], enough[going]
-        image = (step @ gram + ridge * step) * kept
+        image = linear(step, system).mul_(kept)
         length = size / (step * image).sum(-1, keepdim=True).clamp_min(_TINY)
         values.addcmul_(length, step)
         residual.addcmul_(length, image, value=-1)
-        direction = residual / scale
-        before, size = size, (residual * direction).sum(-1, keepdim=True)
-        step = direction.addcmul_(size / before.clamp_min(_TINY), step)
+        before, size = size, _squares(residual)
+        step.mul_(size / before.clamp_min(_TINY)).add_(residual)
     found[rows] = values
-    return found
+    return torch.addcmul(old, found, unit).mul_(given)
+
+
+def _squares(rows: torch.Tensor) -> torch.Tensor:
+    """|row|^2, [rows, 1]."""
+    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_()
