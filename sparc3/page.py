@@ -23,6 +23,7 @@ th, td { padding: 2px 8px; text-align: right; font-variant-numeric: tabular-nums
 th { border-bottom: 1px solid #999; font-weight: 600; }
 td:first-child, th:first-child { text-align: left; white-space: pre; }
 img { max-width: 100%; display: block; margin: 1em 0; }
+.wide { overflow-x: auto; }
 .note { color: #555; }
 th.text { text-align: left; }
 td.text { text-align: left; white-space: pre-wrap; vertical-align: top; border-bottom: 1px solid #ddd; }
@@ -93,7 +94,7 @@ def coloured_html(words: Sequence[str], values: Sequence[float], scale: float) -
 
 
 def heat_map(rows: Sequence[Sequence[float]], across: str, down: str) -> str:
-    """A table of coloured numbers, the last row on top: blocks run upwards."""
+    """A table of coloured numbers, the last row on top: blocks run upwards. Of many columns it scrolls by itself."""
     scale = max((abs(value) for row in rows for value in row), default=0.0) or 1.0
     cells = [
         f"<tr><th>{index}</th>"
@@ -102,7 +103,8 @@ def heat_map(rows: Sequence[Sequence[float]], across: str, down: str) -> str:
         for index, row in reversed(list(enumerate(rows)))
     ]
     columns = "".join(f"<th>{column}</th>" for column in range(len(rows[0])))
-    return f"<table><tr><th>{escape(down)} / {escape(across)}</th>{columns}</tr>{''.join(cells)}</table>"
+    header = f"<tr><th>{escape(down)} / {escape(across)}</th>{columns}</tr>"
+    return f'<div class="wide"><table>{header}{"".join(cells)}</table></div>'
 
 
 def _background(value: float, scale: float) -> str:

@@ -15,7 +15,7 @@ from sparc3.circuit import Search
 from sparc3.circuit_export import hook_scores
 from sparc3.circuit_page import circuit_page
 from sparc3.cli import app
-from sparc3.page import image, page
+from sparc3.page import heat_map, image, page
 from sparc3.tasks import load_task, logit_difference, task_batches
 from sparc3.units import components
 
@@ -59,6 +59,18 @@ def test_a_narrow_window_leaves_a_margin(tmp_path):
     # Letters of the headings begin at 1 em, 15 pixels.
     assert (picture[:, :15] == 1).all()
     assert (picture[:, 15:60] < 1).any()
+
+
+def test_a_heat_map_of_many_heads_scrolls_within_the_page(tmp_path):
+    path = tmp_path / "page.html"
+    rows = [[(head - 16) * block / 1000 for head in range(32)] for block in range(80)]
+    path.write_text(page("Title", [("Heads", [heat_map(rows, "head", "block")])]))
+    picture = browser.screenshot(path, tmp_path)
+    # The body is 60 em of 15 pixels in the middle of 1100, and some of the map's cells reach its edge.
+    assert (picture[:, 1000:] == 1).all()
+    assert (picture[:, 970:1000] < 1).any()
+    # Blocks run upwards: the last one has the fullest colour on top, against the answer on the left.
+    assert browser.has_colour(picture[:400], (98, 152, 208))
 
 
 def test_the_page_says_what_the_report_says(heads):
