@@ -135,11 +135,10 @@ def _earlier(report: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Any
     """(experiment, settings, rows by key) of a report.json; InputError where it is not one."""
     try:
         found = json.loads(report.read_text(encoding="utf-8"))
-        settings = {
-            "models": found["settings"]["models"],
-            "seeds": found["settings"]["seeds"],
-            **found["settings"],
-        }
+        settings = found["settings"]
+        for name in ("models", "seeds"):
+            if name not in settings:
+                raise KeyError(name)
         return found["experiment"], settings, {row["key"]: row for row in found["results"]}
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(

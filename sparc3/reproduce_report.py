@@ -197,10 +197,6 @@ def _colour(method: str) -> str:
     return METHOD_COLOURS.get(method, "#333333")
 
 
-def _percent(share: float, place: int) -> str:
-    return f"{100 * share:g}%"
-
-
 def _draw_table1(axes: Any, config: dict[str, Any], results: Results, model: str, part: str) -> None:
     methods = _methods(results)
     paper = config["paper"].get(_short(model), {})
@@ -253,6 +249,8 @@ def _draw_kinds(axes: Any, config: dict[str, Any], results: Results, model: str,
 
 
 def _draw_ioi(axes: Any, config: dict[str, Any], results: Results, model: str, unit: str) -> None:
+    from matplotlib.ticker import PercentFormatter
+
     for method in _methods(_of(results, unit=unit)):
         ours = _of(results, unit=unit, method=method)
         shares = [point["fraction"] for point in ours[0]["curve"]]
@@ -261,8 +259,8 @@ def _draw_ioi(axes: Any, config: dict[str, Any], results: Results, model: str, u
         ]
         draw_line(axes, method, list(zip(shares, means, strict=True)))
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(_percent)
-    axes.yaxis.set_major_formatter(_percent)
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")  # 0.1% beside 100%
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel(f"{unit}s kept (log scale)")
     axes.set_ylabel("accuracy")
     axes.legend(frameon=False)
@@ -274,6 +272,8 @@ def _correction_panels(config: dict[str, Any]) -> list[str]:
 
 
 def _draw_correction(axes: Any, config: dict[str, Any], results: Results, model: str, part: str) -> None:
+    from matplotlib.ticker import PercentFormatter
+
     unit, what = part.split()
     for method in _methods(_of(results, unit=unit)):
         ours = _of(results, unit=unit, method=method)
@@ -286,7 +286,7 @@ def _draw_correction(axes: Any, config: dict[str, Any], results: Results, model:
         counts = [0, *config["counts"][unit]]
         draw_line(axes, method, list(zip(counts, means, strict=True)), style)
     if what == "shown":
-        axes.yaxis.set_major_formatter(_percent)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(-0.04, 1.08)
     axes.set_xlabel(f"{unit}s removed")
     axes.set_ylabel("share of continuations that show it" if what == "shown" else what)

@@ -259,6 +259,7 @@ def test_wrong_words_are_refused_before_any_work(tmp_path, monkeypatch):
         ("cut", '{"experiment": "samples", "res'),
         ("list", "[1]"),
         ("rows", '{"experiment": "samples", "settings": {"models": [], "seeds": 1}}'),
+        ("seeds", '{"experiment": "samples", "settings": {"models": []}, "results": []}'),
     ]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(text)
@@ -279,6 +280,7 @@ def test_wrong_words_are_refused_before_any_work(tmp_path, monkeypatch):
         ),
         ((*smoke, "--out", tmp_path / "list"), "report.json is not a report of sparc3 reproduce"),
         ((*smoke, "--out", tmp_path / "rows"), "report.json is not a report of sparc3 reproduce"),
+        ((*smoke, "--out", tmp_path / "seeds"), "or it is damaged ('seeds'); give another --out"),
         ((*smoke, "--model", "tiny-llama", "--model", "./tiny-lama"), "./tiny-lama: no such folder here"),
     ]:
         out = () if "--out" in arguments else ("--out", tmp_path / "out")
