@@ -279,11 +279,14 @@ class _Asked:
 
     def _on_disk_batch(self) -> int:
         """One batch that goes into a block and what comes out of it."""
-        return 2 * self.shape.batch_tokens * self.shape.width * self.shape.itemsize
+        return 2 * self._batch_tokens() * self.shape.width * self.shape.itemsize
+
+    def _batch_tokens(self) -> int:
+        return self.shape.batch_tokens("cuda" if self.budget.separate else "cpu")
 
     def _memory(self, kind: str, prefetch: bool, boundaries: int) -> tuple[dict[str, int], dict[str, int]]:
         """What a pass takes on the device and beside it."""
-        shape, batch = self.shape, self.shape.batch_tokens
+        shape, batch = self.shape, self._batch_tokens()
         sweeps, copies = kind == SWEEP, 2 if prefetch else 1
         factored = self.method == "sparsegpt" and in_sweep(self.method, self.pattern)
         moments = sweeps and (self.repair or factored)

@@ -284,9 +284,13 @@ def batches_on(device: torch.device, samples: torch.Tensor | Sequence[Batch]) ->
     if len(samples) == 0:
         raise InputError("no reference samples are given")
     if isinstance(samples, torch.Tensor):
-        tokens = TOKENS_ON_CPU if device.type == "cpu" else TOKENS_IN_FLIGHT
-        samples = list(batches(samples, max(1, tokens // samples.shape[1])))
+        samples = list(batches(samples, windows_at_once(device.type, samples.shape[1])))
     return [{name: value.to(device) for name, value in batch.items()} for batch in samples]
+
+
+def windows_at_once(kind: str, length: int) -> int:
+    """How many windows of ``length`` tokens make a batch on a kind of device ("cpu", "cuda")."""
+    return max(1, (TOKENS_ON_CPU if kind == "cpu" else TOKENS_IN_FLIGHT) // max(1, length))
 
 
 def sample_free_score(weight: Prunable, position: int, method: str, seed: int) -> torch.Tensor:

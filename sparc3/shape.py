@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sparc3.checkpoint import Checkpoint
 from sparc3.families import Prunable, blocks_of, family_of
-from sparc3.scores import TOKENS_IN_FLIGHT
+from sparc3.scores import windows_at_once
 from sparc3.weights import OUTSIDE, block_groups
 
 # glibc takes what is larger from the system and gives it back at once (mallopt, M_MMAP_THRESHOLD on 64 bits).
@@ -62,10 +62,9 @@ class Shape:
         """Bytes of what one block received, for all samples."""
         return self.samples * self.length * self.width * self.itemsize
 
-    @property
-    def batch_tokens(self) -> int:
-        """Of a batch, at most."""
-        return min(self.samples, max(1, TOKENS_IN_FLIGHT // max(1, self.length))) * self.length
+    def batch_tokens(self, kind: str) -> int:
+        """Of a batch, at most, on a kind of device ("cpu", "cuda")."""
+        return min(self.samples, windows_at_once(kind, self.length)) * self.length
 
 
 def shape_of(

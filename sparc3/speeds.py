@@ -21,7 +21,9 @@ def estimate_seconds(
 
     Attention, norms, selection and writing are left out.
     """
-    computing = way.operations / _operations_per_second(device, dtype, max(1, way.shape.batch_tokens))
+    computing = way.operations / _operations_per_second(
+        device, dtype, max(1, way.shape.batch_tokens(device.type))
+    )
     reading = 0.0 if checkpoint is None else way.read / _bytes_per_second(checkpoint)
     return max(computing, reading) if way.prefetch else computing + reading
 

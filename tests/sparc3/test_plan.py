@@ -1,5 +1,8 @@
 """What a plan says against what is counted by hand and what the engine holds."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 from tiny import CONFIGS, build
@@ -8,6 +11,7 @@ from sparc3.checkpoint import Checkpoint
 from sparc3.errors import InputError
 from sparc3.families import blocks_of, prunable
 from sparc3.plan import Budget, plan
+from sparc3.scores import batches_on
 from sparc3.shape import shape_of
 from sparc3.sizes import exact_size, parse_size, size
 from sparc3.weights import empty_model
@@ -31,8 +35,14 @@ def test_sizes_are_those_of_the_loaded_model(name, dtype, tmp_path):
     assert shape.prunable == sum(weight.weight.numel() for weight in weights)
     assert shape.largest_tensor == max(weight.weight.numel() for weight in weights)
     assert shape.boundary == 7 * 12 * 32 * dtype.itemsize
-    assert shape.batch_tokens == 84
-    assert shape_of(model, prunable(model), 400, 12, checkpoint).batch_tokens == 2040
+    assert [shape.batch_tokens(kind) for kind in ("cpu", "cuda")] == [84, 84]
+    many = shape_of(model, prunable(model), 400, 12, checkpoint)
+    assert [many.batch_tokens(kind) for kind in ("cpu", "cuda")] == [504, 2040]
+    # What is planned for is what is run; the meta device stands for one that is no CPU.
+    for kind, samples, length in product(("cpu", "meta"), (1, 7, 400), (1, 12, 513, 2049)):
+        windows = torch.empty(samples, length, dtype=torch.int64)
+        first = batches_on(torch.device(kind), windows)[0]["input_ids"]
+        assert replace(shape, samples=samples, length=length).batch_tokens(kind) == first.numel()
 
 
 LLAMA = empty_model(build("llama", num_hidden_layers=9).config)
