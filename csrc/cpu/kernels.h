@@ -42,8 +42,9 @@ struct Kernels {
 
     // Weight relevance of one block of rows; see weight_relevance.cpp.
     int tile_n, tile_k;  // rows and columns of a register tile
-    void (*pack)(int dtype, const void *source, size_t tokens, size_t stride, size_t width, int tile, float *packed);
-    void (*tile)(bool square, const float *g, const float *x, size_t samples, size_t tokens, float *acc,
+    void (*pack)(int dtype, bool squared, const void *source, size_t tokens, size_t stride, size_t width, int tile,
+                 float *packed);
+    void (*tile)(int reduction, const float *g, const float *x, size_t samples, size_t tokens, float *acc,
                  size_t stride, int rows, int cols);
 
     // A dense linear on few tokens, rows [begin, end) of its weight; see linear.cpp.

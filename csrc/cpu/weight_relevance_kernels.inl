@@ -16,29 +16,41 @@ typedef float Vector __attribute__((vector_size(4 * kWidth)));
 typedef float Unaligned __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef int32_t Bits __attribute__((vector_size(4 * kWidth)));
 
-// packed[panel][token][tile] = source[token][panel * tile + ...], zeros beyond `width`.
-template <class Source>
+// packed[panel][token][tile] = source[token][panel * tile + ...] or its square, zeros beyond `width`.
+template <bool squared, class Source>
 void pack_panels(const Source *source, size_t tokens, size_t stride, size_t width, size_t tile, float *packed) {
     for (size_t begin = 0; begin < width; begin += tile) {
         const size_t columns = width - begin < tile ? width - begin : tile;
         for (size_t t = 0; t < tokens; ++t, packed += tile) {
             const Source *from = source + t * stride + begin;
-            for (size_t i = 0; i < columns; ++i) packed[i] = to_float(from[i]);
+            for (size_t i = 0; i < columns; ++i) {
+                const float value = to_float(from[i]);
+                packed[i] = squared ? value * value : value;
+            }
             for (size_t i = columns; i < tile; ++i) packed[i] = 0;
         }
     }
 }
 
-void pack(int dtype, const void *source, size_t tokens, size_t stride, size_t width, int tile, float *packed) {
-    if (dtype == SPARC3_FP32)
-        pack_panels((const float *)source, tokens, stride, width, (size_t)tile, packed);
-    else if (dtype == SPARC3_BF16)
-        pack_panels((const BFloat16 *)source, tokens, stride, width, (size_t)tile, packed);
+template <class Source>
+void pack_as(bool squared, const Source *source, size_t tokens, size_t stride, size_t width, size_t tile, float *packed) {
+    if (squared)
+        pack_panels<true>(source, tokens, stride, width, tile, packed);
     else
-        pack_panels((const Float16 *)source, tokens, stride, width, (size_t)tile, packed);
+        pack_panels<false>(source, tokens, stride, width, tile, packed);
 }
 
-template <bool square>
+void pack(int dtype, bool squared, const void *source, size_t tokens, size_t stride, size_t width, int tile,
+          float *packed) {
+    if (dtype == SPARC3_FP32)
+        pack_as(squared, (const float *)source, tokens, stride, width, (size_t)tile, packed);
+    else if (dtype == SPARC3_BF16)
+        pack_as(squared, (const BFloat16 *)source, tokens, stride, width, (size_t)tile, packed);
+    else
+        pack_as(squared, (const Float16 *)source, tokens, stride, width, (size_t)tile, packed);
+}
+
+template <int reduction>
 void full_tile(const float *g, const float *x, size_t samples, size_t tokens, float *acc, size_t stride) {
     // A few tokens are done before acc comes from memory. The next tile is its neighbour.
     for (int r = 0; r < kTileN; ++r)
@@ -59,13 +71,18 @@ void full_tile(const float *g, const float *x, size_t samples, size_t tokens, fl
 #pragma GCC unroll 8
             for (int v = 0; v < kVectors; ++v) {
                 Unaligned *to = (Unaligned *)(acc + (size_t)r * stride + v * kWidth);
-                *to += square ? sum[r][v] * sum[r][v] : (Vector)((Bits)sum[r][v] & 0x7fffffff);
+                if (reduction == SPARC3_SQUARE)
+                    *to += sum[r][v] * sum[r][v];
+                else if (reduction == SPARC3_ABS)
+                    *to += (Vector)((Bits)sum[r][v] & 0x7fffffff);
+                else
+                    *to += sum[r][v];
             }
     }
 }
 
 // acc [rows, cols] += sum_s f(G_s^T X_s) for one tile of packed g and x.
-void tile(bool square, const float *g, const float *x, size_t samples, size_t tokens, float *acc, size_t stride,
+void tile(int reduction, const float *g, const float *x, size_t samples, size_t tokens, float *acc, size_t stride,
           int rows, int cols) {
     float edge[kTileN * kTileK];
     const bool whole = rows == kTileN && cols == kTileK;
@@ -73,10 +90,12 @@ void tile(bool square, const float *g, const float *x, size_t samples, size_t to
         for (int r = 0; r < rows; ++r) memcpy(edge + r * kTileK, acc + (size_t)r * stride, (size_t)cols * sizeof(float));
     float *to = whole ? acc : edge;
     const size_t to_stride = whole ? stride : kTileK;
-    if (square)
-        full_tile<true>(g, x, samples, tokens, to, to_stride);
+    if (reduction == SPARC3_SQUARE)
+        full_tile<SPARC3_SQUARE>(g, x, samples, tokens, to, to_stride);
+    else if (reduction == SPARC3_ABS)
+        full_tile<SPARC3_ABS>(g, x, samples, tokens, to, to_stride);
     else
-        full_tile<false>(g, x, samples, tokens, to, to_stride);
+        full_tile<SPARC3_TOKEN_SQUARE>(g, x, samples, tokens, to, to_stride);
     if (!whole)
         for (int r = 0; r < rows; ++r) memcpy(acc + (size_t)r * stride, edge + r * kTileK, (size_t)cols * sizeof(float));
 }

@@ -89,6 +89,9 @@ static void test_weight_relevance(void) {
     CHECK(acc[0] == 106 && acc[1] == 214);
     CHECK(sparc3_weight_relevance(SPARC3_FP32, SPARC3_SQUARE, g, x, 2, 1, 2, 1, acc, 1, workspace, size) == SPARC3_OK);
     CHECK(acc[0] == 126 && acc[1] == 314);
+    CHECK(sparc3_weight_relevance(SPARC3_FP32, SPARC3_TOKEN_SQUARE, g, x, 2, 1, 2, 1, acc, 1, workspace, size) == SPARC3_OK);
+    CHECK(acc[0] == 146 && acc[1] == 414);
+    CHECK(sparc3_weight_relevance(SPARC3_FP32, 3, g, x, 2, 1, 2, 1, acc, 1, workspace, size) == SPARC3_ERROR_ARGUMENT);
 }
 
 static void test(void) {

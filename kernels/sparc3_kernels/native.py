@@ -20,7 +20,7 @@ import torch
 _NATIVE = Path(__file__).resolve().parent / "_native"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-REDUCTIONS = {"abs": 0, "square": 1}
+REDUCTIONS = {"abs": 0, "square": 1, "token-square": 2}
 OK, NAN, STATE, CHANGED, FORMAT, PATTERN = 0, 3, 4, 5, 8, 9
 HUGE_PAGE = 1 << 21  # bytes
 ISAS = ("portable", "avx2", "avx512", "avx512vbmi2", "avx512bf16")

@@ -11,10 +11,12 @@ fp32,
 
 W is not needed: |W * g| = |W| |g|, so the caller multiplies by W, |W| or W^2 once at the end.
 
-signed and token-square are one GEMM over all tokens. abs and square need the sum of each sample by itself: the CPU
-library keeps a register tile per sample and reads and writes acc once per 256 tokens, up to `NATIVE_TOKENS` tokens
-a sample. Above that a GEMM per sample into a buffer is faster (one core of a Xeon with AVX-512, GFLOP/s, 2048 x
-2048: 199 against 157 for the GEMM at 128 tokens, 186 against 182 at 256, 164 against 192 at 512).
+signed and token-square are one GEMM over all tokens. The CPU library multiplies squares that it forms while it packs
+its operands (two cores of an AMD EPYC with AVX-512, 387 tokens, acc from memory, GFLOP/s: 192 to 205; torch 162 to
+190). abs and square need the sum of each sample by itself: the library keeps a register tile per sample and reads and
+writes acc once per 256 tokens, up to `NATIVE_TOKENS` tokens a sample. Above that a GEMM per sample into a buffer is
+faster (one core of a Xeon with AVX-512, GFLOP/s, 2048 x 2048: 199 against 157 for the GEMM at 128 tokens, 186 against
+182 at 256, 164 against 192 at 512).
 
 Triton: one program a tile of acc, the loop over samples inside it, so that no product of a sample reaches memory
 and acc is read and written once a launch. 16-bit operands go to the tensor cores as they are (from sm_90 on through
@@ -164,7 +166,8 @@ def _accumulate_triton(acc: Tensor, g: Tensor, x: Tensor, reduce: str, cu_seqlen
 
 def _accumulate_native(acc: Tensor, g: Tensor, x: Tensor, reduce: str) -> None:
     library, threads = native.library(), torch.get_num_threads()
-    samples, tokens, n, k = (*g.shape, x.shape[2])
+    samples, n, k = len(g), g.shape[-1], x.shape[-1]
+    tokens = g[0].numel() // n
     work = native.workspace(library.sparc3_weight_relevance_workspace_size(samples, tokens, n, k, threads))
     native.check(
         library.sparc3_weight_relevance(
@@ -190,12 +193,16 @@ def _accumulate(acc: Tensor, g: Tensor, x: Tensor, reduce: str, cu_seqlens: Tens
         return
     if chosen == "triton":
         _accumulate_triton(acc, g, x, reduce, cu_seqlens)
-    elif (
-        chosen == "cpu" and cu_seqlens is None and reduce in native.REDUCTIONS and g.shape[1] <= NATIVE_TOKENS
-    ):
+    elif chosen == "cpu" and _in_library(g, reduce, cu_seqlens):
         _accumulate_native(acc, g.contiguous(), x.contiguous(), reduce)
     else:
         accumulate_weight_relevance_reference(acc, g, x, reduce, cu_seqlens)
+
+
+def _in_library(g: Tensor, reduce: str, cu_seqlens: Tensor | None) -> bool:
+    if reduce == "token-square":
+        return True
+    return cu_seqlens is None and reduce in native.REDUCTIONS and g.shape[1] <= NATIVE_TOKENS
 
 
 def _unfit_triton(acc: Tensor, g: Tensor, x: Tensor) -> str | None:

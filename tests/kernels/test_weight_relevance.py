@@ -69,7 +69,12 @@ SHAPES = [
     (40, 7, 25, 50),  # two batches: 36 samples of 7 tokens, then 4
     (3, 200, 30, 20),  # a batch per sample
     (1, 300, 9, 700),  # a sample longer than a batch; two blocks of columns
-    (2, NATIVE_TOKENS + 1, 10, 33),  # above the native kernel's range
+    (
+        2,
+        NATIVE_TOKENS + 1,
+        10,
+        33,
+    ),  # above the native kernel's range by sample; by token a last batch of fewer
     (64, 1, 130, 260),
 ]
 
@@ -122,7 +127,7 @@ def test_16_bit_is_as_good_as_torch(implementation_or_triton: str, reduce: str, 
     assert_as_good_as_torch([ours], [theirs], [oracle(zeros, g, x, reduce)[0]])
 
 
-@pytest.mark.parametrize("reduce", ["abs", "square"])
+@pytest.mark.parametrize("reduce", ["abs", "square", "token-square"])
 def test_threads_do_not_change_a_bit(implementation: str, reduce: str) -> None:
     # 16 * 20 * 190 * 170 is above the size where the native kernel takes a second thread.
     acc, g, x = operands(16, 20, 190, 170, torch.float32)

@@ -122,11 +122,11 @@ SPARC3_API int sparc3_select_nm(int dtype, const void *scores, size_t n, int kee
 
 /* ---- weight relevance -----------------------------------------------------------------------------------------
  *
- * acc [n, k] += sum_s f(G_s^T X_s), f = |.| or (.)^2, with g [samples, tokens, n], x [samples, tokens, k], dense
- * row-major, of `dtype`; products and sums in fp32. Each element of acc is read and written once for every batch of
- * samples that fits the cache. Bit-reproducible for any `threads`.
+ * acc [n, k] += sum_s f(G_s^T X_s), f = |.| or (.)^2, or for SPARC3_TOKEN_SQUARE sum_s (G_s * G_s)^T (X_s * X_s), with
+ * g [samples, tokens, n], x [samples, tokens, k], dense row-major, of `dtype`; products and sums in fp32. Each element
+ * of acc is read and written once for every batch of samples that fits the cache. Bit-reproducible for any `threads`.
  */
-typedef enum sparc3_reduction { SPARC3_ABS = 0, SPARC3_SQUARE = 1 } sparc3_reduction;
+typedef enum sparc3_reduction { SPARC3_ABS = 0, SPARC3_SQUARE = 1, SPARC3_TOKEN_SQUARE = 2 } sparc3_reduction;
 
 SPARC3_API size_t sparc3_weight_relevance_workspace_size(size_t samples, size_t tokens, size_t n, size_t k,
                                                          int threads);
