@@ -94,6 +94,10 @@ class _Watcher:
                 yield from sums.gram.flatten(0, -3) if sums.gram.dim() > 2 else [sums.gram]
 
     def inputs(self) -> dict[str, Inputs]:
+        for sums in self.sums.values():
+            if sums.gram is not None:
+                for gram in sums.gram.flatten(0, -3) if sums.gram.dim() > 2 else [sums.gram]:
+                    _mirror_(gram)
         return {name: self.sums[self.shared.get(name, name)] for name in self.weights}
 
     @contextmanager
@@ -134,8 +138,7 @@ class _Watcher:
             sums.squares.add_(x.square().sum(0))
             sums.tokens += len(x)
             if sums.gram is not None:
-                # Not addmm_, whose sum may differ from adding a product that another process made.
-                sums.gram += x.T @ x
+                _add_products_(sums.gram, x)
 
         return hook
 
@@ -160,4 +163,26 @@ class _Watcher:
         sums.squares[expert] += x.square().sum(0)
         sums.tokens[expert] += len(x)
         if sums.gram is not None:
-            sums.gram[expert] += x.T @ x
+            _add_products_(sums.gram[expert], x)
+
+
+# Columns of second moments are taken in so many blocks, those left of a block are not formed: 10 of 16.
+_BLOCKS = 4
+
+
+def _blocks(width: int) -> Iterator[slice]:
+    step = -(-width // _BLOCKS)
+    return (slice(start, min(start + step, width)) for start in range(0, width, step))
+
+
+def _add_products_(gram: torch.Tensor, x: torch.Tensor) -> None:
+    """gram [in, in] += x^T x, of x [tokens, in], but for the blocks below its diagonal."""
+    for block in _blocks(x.shape[1]):
+        # Not addmm_, whose sum may differ from adding a product that another process made.
+        gram[block, block.start :] += x[:, block].T @ x[:, block.start :]
+
+
+def _mirror_(gram: torch.Tensor) -> None:
+    """Fill what ``_add_products_`` left out."""
+    for block in _blocks(len(gram)):
+        gram[block.stop :, block] = gram[block, block.stop :].T

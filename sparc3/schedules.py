@@ -122,12 +122,15 @@ def sweep(
             return values, outputs
 
         depth = len(blocks.blocks)
+        of_head = {name: weight for name, weight in weights.items() if not name.startswith(f"{prefix}.")}
+        # Whether anything reads what the last block puts out.
+        goes_on = bool(of_head) or done is not None
         for index in blocks.source.visit(range(start, depth)):
             of_block = {
                 name: weight for name, weight in weights.items() if name.startswith(f"{prefix}.{index}.")
             }
             values, hidden_then = visit_all(of_block, partial(run_block, index))
-            if values:
+            if values and (index + 1 < depth or goes_on):
                 with _replaced(of_block, values):
                     hidden_then = [run_block(index, hidden, number) for number in range(len(samples))]
             hidden = hidden_then
@@ -137,8 +140,7 @@ def sweep(
                 share = total * (index + 1) // depth
                 progress(share - reported)
                 reported = share
-        of_head = {name: weight for name, weight in weights.items() if not name.startswith(f"{prefix}.")}
-        if of_head or done is not None:
+        if goes_on:
             with blocks.source.outside():
                 if of_head:
                     visit_all(of_head, run_head)
