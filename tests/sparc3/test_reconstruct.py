@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sparc3.inputs import Inputs
-from sparc3.reconstruct import DAMPING, least_squares, sparsegpt
+from sparc3.reconstruct import DAMPING, RIDGE, least_squares, sparsegpt
 
 
 def problem(rows, columns, tokens=400, seed=0, dead=(), outlier=1.0):
@@ -151,7 +151,7 @@ def test_least_squares(rows, columns, tokens):
     values = least_squares(weight, kept, inputs_of(x), tolerance=1e-5)
     assert torch.equal(weight, before)
     assert not values[~kept].any()
-    expected = naive_least_squares(weight, kept, x, 1.0)
+    expected = naive_least_squares(weight, kept, x, RIDGE)
     # a residual of 1e-5 in the preconditioner's norm, whose condition the damping holds below the number of tokens
     np.testing.assert_allclose(values.numpy(), expected, rtol=0, atol=2e-3 * max(1, np.abs(expected).max()))
     if columns > 3:
