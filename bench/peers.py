@@ -3,6 +3,7 @@
     python bench/peers.py                       # both real models, three calibration seeds, held-out text
     python bench/peers.py --model smollm2 --seed 0 --pattern 50%
     python bench/peers.py --text development    # what the defaults of allocation and repair were chosen on
+    python bench/peers.py --apart time          # in results files of their own, peers-MODEL-time.json
 
 Calibration windows come from lee_background.cor, the held-out windows are lee.cor; a window is BOS and 128 tokens.
 Results go to bench/results/peers-MODEL.json, case by case, with every window's negative log-likelihood, and to a
@@ -284,10 +285,11 @@ def main(
         list[int] | None, typer.Option(help="Draws of calibration windows; 0, 1 and 2 if none")
     ] = None,
     busy: bool = False,
+    apart: str = "",
 ) -> None:
     """Run the comparison and write its JSON and Markdown to bench/results."""
     for name in model or ["smollm2", "gemma3"]:
-        suffix = "" if text == "held-out" else f"-{text}"
+        suffix = "".join(f"-{word}" for word in (text if text != "held-out" else "", apart) if word)
         table = Table(name, text, samples, RESULTS / f"peers-{Path(name).name}{suffix}.json")
         table.run(seed or [0, 1, 2], pattern or list(PATTERNS), only or [], busy)
         Console(width=160).print(markdown(json.loads(table.target.read_text())), markup=False)
