@@ -59,12 +59,13 @@ RULES = tuple(
     f"norm={norm},{mlp},attention={attention}"
     for norm, mlp, attention in product(("gradient", "constant"), _MLPS, ("gradient", "half", "value"))
 )
-# Gradient, the rule that agrees best with exact patching, AttnLRP, and activations' identity rule alone.
+# Gradient, the rule that agrees best with exact patching, AttnLRP, activations' identity rule alone, and both.
 LEADING = (
     RULES[0],
     "norm=constant,activation=gradient,gate=gradient,attention=gradient",
     "norm=constant,activation=identity,gate=half,attention=half",
     "norm=gradient,activation=identity,gate=gradient,attention=gradient",
+    "norm=constant,activation=identity,gate=gradient,attention=gradient",
 )
 # What is reported of judging examples: these, and attention's half rule alone.
 REPORTED = (*LEADING, "norm=gradient,activation=gradient,gate=gradient,attention=half")
@@ -190,9 +191,10 @@ def run_rules(study: Study, choice: Choice) -> None:
     """Every rule, and the leading ones with every target and reduction (on bundled models), development examples."""
     for seed, unit in product(range(choice.seeds), choice.units or UNITS):
         search = Search(study.model, study.tokenizer, study.development(seed), unit)
-        cases = list(product(("difference",), REDUCTIONS, LEADING))
+        reductions = REDUCTIONS if unit == "weight" else (*REDUCTIONS, "token-abs")
+        cases = list(product(("difference",), reductions, LEADING))
         cases += [("difference", "signed", rule) for rule in _rules(unit)]
-        cases += list(product(TARGETS, REDUCTIONS, LEADING)) if study.bundled else []
+        cases += list(product(TARGETS, reductions, LEADING)) if study.bundled else []
         for target, reduce, rule in cases:
             if rule not in (choice.rules or (rule,)) or reduce not in (choice.reductions or (reduce,)):
                 continue
@@ -303,7 +305,10 @@ def main(
         typer.Option(help="Of lrp; the reported, all or the default if none"),
     ] = None,
     side: Annotated[list[str] | None, typer.Option(help="ranking | judging, for agreement")] = None,
-    reduce: Annotated[list[str] | None, typer.Option(help="signed | abs | square, for rules")] = None,
+    reduce: Annotated[
+        list[str] | None,
+        typer.Option(help="signed | abs | square | token-abs, for rules"),
+    ] = None,
     within: Annotated[list[str] | None, typer.Option(help="global | layer | row, for weights")] = None,
     examples: Annotated[int, typer.Option(help="On each side.")] = 32,
     ranked: Annotated[

@@ -86,8 +86,8 @@ def circuit(
     reduce: Annotated[
         str | None,
         typer.Option(
-            help="How lrp and the gradients reduce samples: signed | abs | square (weight: token-square too). "
-            "Default: square for weights, abs for neurons ablated by zero, else signed."
+            help="How lrp and the gradients reduce samples: signed | abs | square (weight: token-square too, others: "
+            "token-abs). Default: square for weights, abs for neurons ablated by zero, else signed."
         ),
     ] = None,
     keep: Annotated[

@@ -13,8 +13,9 @@ random               uniform                                      uniform
 exact                d(model) - d(model without c)
 ==================== ============================================ ====================================
 
-Sums run over tokens and channels, d is the logit difference (sparc3.tasks), x' what replaces x when the component
-is ablated (sparc3.ablation). So scores stand for the effect of the very ablation that is asked for.
+Sums run over tokens and channels (by token-abs over channels alone), d is the logit difference (sparc3.tasks), x'
+what replaces x when the component is ablated (sparc3.ablation). So scores stand for the effect of the very ablation
+that is asked for.
 The path goes straight from the embedded corrupted prompt to the clean one (Hanna et al. 2024, arXiv 2403.17806), here
 in 5 steps by the midpoint rule.
 """
@@ -60,11 +61,12 @@ COMPONENT_METHODS = (
     "exact",
 )
 WEIGHT_METHODS = ("lrp", "gradient", "integrated-gradients", "wanda", "magnitude", "random")
-# [B, n] of one batch -> [n], summed over its samples.
+# [rows, n] of one batch -> [n], summed over its rows: its samples or, where every token is by itself, their tokens.
 COMPONENT_REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "signed": lambda values: values.sum(0),
     "abs": lambda values: values.abs().sum(0),
     "square": lambda values: values.square().sum(0),
+    "token-abs": lambda values: values.abs().sum(0),
 }
 _STEPS = 5
 
@@ -146,7 +148,8 @@ def score_components(
         ablation: zero | mean | patch, what the score stands for; means are taken over ``batches``.
         rule: for lrp; CP is welcome here.
         target: what lrp and the gradients explain, of sparc3.tasks.TASK_TARGETS.
-        reduce: signed | abs | square, how lrp, gradient and integrated-gradients are taken over samples.
+        reduce: signed | abs | square, how lrp, gradient and integrated-gradients are taken over samples; token-abs is
+            abs with every token its own sample.
         progress: called with the number of samples done since the last call.
 
     Raises:
@@ -176,10 +179,10 @@ def score_components(
         with wrap(model, parsed):
             for batch in batches:
                 path = None if method == "activation" else shares
-                each = _of_batch(model, found, batch, replace, target, path)
-                scores += COMPONENT_REDUCTIONS[reduce](each.double().cpu()) / samples
+                each = _of_batch(model, found, batch, replace, target, path, reduce.startswith("token"))
+                scores += COMPONENT_REDUCTIONS[reduce](each.double()).cpu() / samples
                 if progress is not None:
-                    progress(len(each))
+                    progress(len(batch["input_ids"]))
     if not scores.isfinite().all():
         raise InputError("the scores are not finite; the model overflows: run it with --dtype float32")
     return scores
@@ -215,8 +218,12 @@ def _of_batch(
     replace: Replacement,
     target: str,
     shares: Sequence[float] | None,
+    by_token: bool,
 ) -> torch.Tensor:
-    """[B, n]: (x - x') g with g the mean over ``shares`` of the path, or |x - x'| where there are none."""
+    """(x - x') g with g the mean over ``shares`` of the path, or |x - x'| where there are none.
+
+    [B, n], summed over tokens, or [B * T, n] where each is by itself; padding has zeros.
+    """
     samples = len(batch["input_ids"])
     change = {name: _wide(x) for name, x in activations(model, found, batch).items()}
     if (instead := replace(batch)) is not None:
@@ -227,7 +234,7 @@ def _of_batch(
     else:
         gradients = _gradients(model, found, batch, target, shares)
         weighted = {name: _by_sample(x * gradients[name], samples) for name, x in change.items()}
-    return found.gather({name: x.sum(1) for name, x in weighted.items()})
+    return found.gather({name: x.flatten(0, 1) if by_token else x.sum(1) for name, x in weighted.items()})
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -76,16 +76,17 @@ def expected_scores(
         _, clean, _ = reference(model, example)
         _, other, _ = reference(model, example, corrupted=True)
         gradients = [reference(model, example, rule, share=share, target=target)[1] for share in shares]
-        row = torch.zeros(len(found.names), dtype=torch.float64)
+        length = len(next(iter(clean.values()))[0])
+        row = torch.zeros(length, len(found.names), dtype=torch.float64)
         for site in found.sites:
             instead = {"zero": 0, "mean": means.get(site.name), "patch": other[site.name][0]}[ablation]
             x = clean[site.name][0] - instead
             g = sum(one[site.name][1] for one in gradients) / len(shares)
             for channel, component in enumerate(site.component.tolist()):
-                row[component] += (x[:, channel] * g[:, channel]).sum()
-        rows.append(row)
+                row[:, component] += x[:, channel] * g[:, channel]
+        rows.append(row.abs().sum(0) if reduce == "token-abs" else row.sum(0))
     rows = torch.stack(rows)
-    return {"signed": rows, "abs": rows.abs(), "square": rows.square()}[reduce].mean(0)
+    return {"abs": rows.abs(), "square": rows.square()}.get(reduce, rows).mean(0)
 
 
 def expected_means(model, examples):

@@ -25,8 +25,8 @@ def test_relevance_of_components_is_activation_times_gradient_under_the_oracle(n
         close(ours, expected_scores(model, found, examples, rule, ablation))
 
 
-@pytest.mark.parametrize("reduce", ["abs", "square"])
-def test_reductions_are_over_samples_of_whole_components(reduce):
+@pytest.mark.parametrize("reduce", ["abs", "square", "token-abs"])
+def test_reductions_are_over_samples_or_tokens_of_whole_components(reduce):
     model = model_of("llama")
     examples, found = examples_of(model), components(model, "head")
     batches = task_batches(model, words.tokenizer(), examples)
