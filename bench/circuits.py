@@ -188,11 +188,14 @@ def _agreement(study: Study, side: str, seed: int, ablation: str, choice: Choice
 
 
 def run_rules(study: Study, choice: Choice) -> None:
-    """Every rule, and the leading ones with every target and reduction (on bundled models), development examples."""
+    """Every rule, and the leading or asked ones with every reduction and, on bundled models, every target.
+
+    Development examples.
+    """
     for seed, unit in product(range(choice.seeds), choice.units or UNITS):
         search = Search(study.model, study.tokenizer, study.development(seed), unit)
         reductions = REDUCTIONS if unit == "weight" else (*REDUCTIONS, "token-abs")
-        cases = list(product(("difference",), reductions, LEADING))
+        cases = list(product(("difference",), reductions, choice.rules or LEADING))
         cases += [("difference", "signed", rule) for rule in _rules(unit)]
         cases += list(product(TARGETS, reductions, LEADING)) if study.bundled else []
         for target, reduce, rule in cases:
