@@ -285,7 +285,9 @@ def main(
         list[int] | None, typer.Option(help="Draws of calibration windows; 0, 1 and 2 if none")
     ] = None,
     busy: bool = False,
-    apart: str = "",
+    apart: Annotated[
+        str, typer.Option(metavar="NAME", help="A results file of its own, peers-MODEL-NAME.")
+    ] = "",
 ) -> None:
     """Run the comparison and write its JSON and Markdown to bench/results."""
     for name in model or ["smollm2", "gemma3"]:
