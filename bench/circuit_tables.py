@@ -145,7 +145,7 @@ def _circuits(data: dict[str, Any]) -> list[str]:
 
 def _defined(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of which faithfulness is defined: it depends on the seed, not on the method."""
-    return [row for row in rows if decimals(row["cpr"]) != "-"]
+    return [row for row in rows if not math.isnan(_mean([row["cpr"]]))]
 
 
 def plots(data: dict[str, Any], path: Path) -> None:

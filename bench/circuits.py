@@ -192,12 +192,13 @@ def run_rules(study: Study, choice: Choice) -> None:
 
     Development examples.
     """
+    leading = choice.rules or LEADING
     for seed, unit in product(range(choice.seeds), choice.units or UNITS):
         search = Search(study.model, study.tokenizer, study.development(seed), unit)
         reductions = REDUCTIONS if unit == "weight" else (*REDUCTIONS, "token-abs")
-        cases = list(product(("difference",), reductions, choice.rules or LEADING))
+        cases = list(product(("difference",), reductions, leading))
         cases += [("difference", "signed", rule) for rule in _rules(unit)]
-        cases += list(product(TARGETS, reductions, LEADING)) if study.bundled else []
+        cases += list(product(TARGETS, reductions, leading)) if study.bundled else []
         for target, reduce, rule in cases:
             if rule not in (choice.rules or (rule,)) or reduce not in (choice.reductions or (reduce,)):
                 continue

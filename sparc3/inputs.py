@@ -90,14 +90,12 @@ class _Watcher:
         for sums in self.sums.values():
             yield sums.squares
             yield sums.tokens
-            if sums.gram is not None:
-                yield from sums.gram.flatten(0, -3) if sums.gram.dim() > 2 else [sums.gram]
+            yield from _grams(sums)
 
     def inputs(self) -> dict[str, Inputs]:
         for sums in self.sums.values():
-            if sums.gram is not None:
-                for gram in sums.gram.flatten(0, -3) if sums.gram.dim() > 2 else [sums.gram]:
-                    _mirror_(gram)
+            for gram in _grams(sums):
+                _mirror_(gram)
         return {name: self.sums[self.shared.get(name, name)] for name in self.weights}
 
     @contextmanager
@@ -164,6 +162,13 @@ class _Watcher:
         sums.tokens[expert] += len(x)
         if sums.gram is not None:
             _add_products_(sums.gram[expert], x)
+
+
+def _grams(sums: Inputs) -> Sequence[torch.Tensor]:
+    """The second moments, a matrix for each expert."""
+    if sums.gram is None:
+        return ()
+    return tuple(sums.gram.flatten(0, -3)) if sums.gram.dim() > 2 else (sums.gram,)
 
 
 # Columns of second moments are taken in so many blocks, those left of a block are not formed: 10 of 16.

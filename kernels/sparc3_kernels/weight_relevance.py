@@ -12,11 +12,10 @@ fp32,
 W is not needed: |W * g| = |W| |g|, so the caller multiplies by W, |W| or W^2 once at the end.
 
 signed and token-square are one GEMM over all tokens. The CPU library multiplies squares that it forms while it packs
-its operands (two cores of an AMD EPYC with AVX-512, 387 tokens, acc from memory, GFLOP/s: 192 to 205; torch 162 to
-190). abs and square need the sum of each sample by itself: the library keeps a register tile per sample and reads and
-writes acc once per 256 tokens, up to `NATIVE_TOKENS` tokens a sample. Above that a GEMM per sample into a buffer is
-faster (one core of a Xeon with AVX-512, GFLOP/s, 2048 x 2048: 199 against 157 for the GEMM at 128 tokens, 186 against
-182 at 256, 164 against 192 at 512).
+its operands; `make bench` times it beside torch. abs and square need the sum of each sample by itself: the library
+keeps a register tile per sample and reads and writes acc once per 256 tokens, up to `NATIVE_TOKENS` tokens a sample.
+Above that a GEMM per sample into a buffer is faster (one core of a Xeon with AVX-512, GFLOP/s, 2048 x 2048: 199
+against 157 for the GEMM at 128 tokens, 186 against 182 at 256, 164 against 192 at 512).
 
 Triton: one program a tile of acc, the loop over samples inside it, so that no product of a sample reaches memory
 and acc is read and written once a launch. 16-bit operands go to the tensor cores as they are (from sm_90 on through

@@ -69,12 +69,8 @@ SHAPES = [
     (40, 7, 25, 50),  # two batches: 36 samples of 7 tokens, then 4
     (3, 200, 30, 20),  # a batch per sample
     (1, 300, 9, 700),  # a sample longer than a batch; two blocks of columns
-    (
-        2,
-        NATIVE_TOKENS + 1,
-        10,
-        33,
-    ),  # above the native kernel's range by sample; by token a last batch of fewer
+    # Above the native kernel's range by sample; by token a last batch of fewer.
+    (2, NATIVE_TOKENS + 1, 10, 33),
     (64, 1, 130, 260),
 ]
 
