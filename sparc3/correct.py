@@ -7,11 +7,13 @@
 The prompts are run first. Of those whose continuation shows the behaviour one half explains it, and the other half
 judges the correction; general text likewise. Components are scored by contrast (sparc3.contrast), the lowest are
 removed but for those that are spared (sparc3.spare), and N is the largest of a sweep at which general text is
-predicted as well as the budget asks. The sweep goes on while the budget holds and the behaviour is still shown.
+predicted as well as the budget asks. The sweep goes on while the budget holds and the behaviour is still shown,
+and then narrows down where the budget ends.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -42,7 +44,7 @@ from sparc3.rules import Rule
 from sparc3.scores import Scores, as_batches
 from sparc3.select import select
 from sparc3.spare import DEPTH, affordable, zeroed
-from sparc3.sweep import BEYOND, POINTS, SHARES, Measured, goes_on, halvings, within_budget
+from sparc3.sweep import POINTS, SHARES, Measured, halvings, swept, within_budget
 from sparc3.undesired import explained_batches, find_shown
 from sparc3.units import Components, ablated, components
 
@@ -171,7 +173,7 @@ class Correction:
             contrast: difference | set-difference | absolute.
             rule, target: of lrp; None: sparc3.contrast.default_rule, DEFAULT_TARGETS. The target is gradient's too.
             counts: the sweep; None: numbers up to the unit's share of ``SHARES``, each half the next, and, while the
-                budget holds and the behaviour is still shown, ``BEYOND`` times the last of them, each spared anew.
+                budget holds and the behaviour is still shown, others as sparc3.sweep.swept says.
             points: how many numbers, where ``counts`` is None and before any beyond.
             budget: the largest increase of perplexity, as 0.01; None: the last of ``counts`` is chosen as it is.
             spare: leave out what costs more than its share of such an increase, measured on a few of the windows that
@@ -183,7 +185,7 @@ class Correction:
         Raises:
             InputError: a setting is not known or does not fit, or a count is not of what there is.
         """
-        beyond = BEYOND if counts is None else ()
+        searched = counts is None
         if counts is None:
             counts = halvings(max(1, round(SHARES[self.unit] * self.total)), points)
         for count in sorted(counts, reverse=True) or [0]:
@@ -200,30 +202,19 @@ class Correction:
             seed=seed,
             tell=lambda done, of: tell(f"{method}: scoring", done, of),
         )
-        sweep: list[Measured] = []
+        places = itertools.count()
 
-        def spared(last: int) -> tuple[Values, int]:
+        def spared(count: int) -> tuple[Values, int]:
             if spare is None:
-                return scores, last
-            return self._spared(scores, last, spare, lambda done: tell(f"{method}: sparing", done, last))
+                return scores, count
+            return self._spared(scores, count, spare, lambda done: tell(f"{method}: sparing", done, count))
 
-        def measure(ranked: Values, counts: Sequence[int]) -> None:
-            for place, count in enumerate(counts):
-                tell(f"{method}: {count} removed", place, len(counts))
-                sweep.append(self.measure(self.mask(ranked, count), count))
+        def measure(ranked: Values, count: int) -> Measured:
+            place = next(places)
+            tell(f"{method}: {count} removed", place, max(place + 1, len(counts)))
+            return self.measure(self.mask(ranked, count), count)
 
-        last = max(counts)
-        ranked, afforded = spared(last)
-        measure(ranked, sorted({min(count, afforded) for count in counts} - {0}))
-        for times in beyond:
-            if budget is None or not goes_on(sweep, budget) or times * last >= self.total:
-                break
-            wider, afforded = spared(times * last)
-            if afforded <= sweep[-1].count:
-                break
-            measure(wider, [afforded])
-            if sweep[-1].increase <= budget:
-                ranked = wider
+        sweep, ranked = swept(counts, self.total if searched else 0, budget, spared, measure)
         chosen = within_budget(sweep, budget) if budget is not None else sweep[-1] if sweep else None
         settings: dict[str, Any] = {"unit": self.unit, "method": method, "behaviour": self.behaviour.name}
         settings |= {"seed": seed} if method == "random" else {"contrast": contrast}

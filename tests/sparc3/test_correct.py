@@ -242,19 +242,28 @@ def test_the_budget_chooses_the_largest_that_keeps_to_it():
 
 @pytest.mark.parametrize("spare", [None, 0.05])
 @pytest.mark.parametrize(
-    ("increases", "shown", "counts", "chosen"),
+    ("increases", "shown", "asked", "chosen"),
     [
-        # 0.1 of 96 neurons is 10; 2, 4 and 8 times as many are within all of them.
-        ({10: 0.0, 20: 0.001, 40: 0.009, 80: 0.01}, {}, [1, 2, 5, 10, 20, 40, 80], 80),
-        ({10: 0.0, 20: 0.001, 40: 0.011, 80: 0.0}, {}, [1, 2, 5, 10, 20, 40], 20),
-        ({10: 0.02}, {}, [1, 2, 5, 10], 5),
-        ({5: 0.02, 10: 0.0}, {}, [1, 2, 5, 10], 2),  # one that costs too much ends it, whatever is after it
-        ({10: float("nan")}, {}, [1, 2, 5, 10], 5),
-        ({}, {20: 0.0}, [1, 2, 5, 10, 20], 20),  # nothing is left to correct
+        # 0.1 of 96 neurons is 10, and 1, 2, 5 come before; 2, 4 and 8 times as many are within all of them.
+        ({80: 0.01}, {}, [20, 40, 80], 80),
+        # Halfway to what costs too much, twice.
+        ({40: 0.011, 80: 0.0}, {}, [20, 40, 30, 35], 35),
+        ({30: 0.011, 40: 0.011}, {}, [20, 40, 30, 25], 25),
+        ({7: 0.02, 10: 0.02}, {}, [7, 6], 6),
+        ({10: float("nan")}, {}, [7, 8], 8),
+        (
+            {3: float("nan"), 5: 0.02, 10: 0.0},
+            {},
+            [3],
+            2,
+        ),  # one that costs too much ends it, whatever is after it
+        ({1: 0.02}, {}, [], 0),
+        ({}, {20: 0.0}, [20], 20),  # nothing is left to correct
+        ({10: 0.02}, {5: 0.0}, [], 5),
     ],
 )
-def test_a_sweep_goes_on_while_the_budget_holds(monkeypatch, increases, shown, counts, chosen, spare):
-    search, asked = correction(), []
+def test_a_sweep_goes_on_while_the_budget_holds(monkeypatch, increases, shown, asked, chosen, spare):
+    search, spared_counts = correction(), []
     monkeypatch.setitem(SHARES, "neuron", 0.1)
 
     def measure(mask, count):
@@ -263,7 +272,7 @@ def test_a_sweep_goes_on_while_the_budget_holds(monkeypatch, increases, shown, c
         return point
 
     def spared(scores, last, budget, progress):
-        asked.append(last)
+        spared_counts.append(last)
         # Each time other ones.
         return {"neuron": torch.arange(96.0).roll(last)}, last
 
@@ -271,13 +280,16 @@ def test_a_sweep_goes_on_while_the_budget_holds(monkeypatch, increases, shown, c
     monkeypatch.setattr(search, "measure", measure)
     monkeypatch.setattr(search, "_spared", spared)
     found = search.find("lrp", points=4, budget=0.01, spare=spare)
-    assert [point.count for point in found.sweep] == counts
+    assert [point.count for point in found.sweep] == sorted([1, 2, 5, 10, *asked])
+    assert spared_counts == ([] if spare is None else [10, *asked])
+    if not chosen:
+        assert found.chosen is None
+        return
     assert found.chosen.count == chosen
-    assert asked == ([] if spare is None else [10, *(count for count in counts if count > 10)])
     # What is saved, and named, is what was measured of the chosen number.
     assert all(torch.equal(found.mask.bits[name], bits) for name, bits in removed[chosen].bits.items())
     if spare is not None:
-        start = max(chosen, 10)
+        start = chosen if chosen in asked else 10
         assert set(search.names(found.scores, chosen)) == {
             f"m{index // 48}.n{index % 48}" for index in ((start + place) % 96 for place in range(chosen))
         }
