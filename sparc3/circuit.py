@@ -6,7 +6,8 @@
     circuit.cpr, circuit.sparsest.fraction
 
 What is kept is ranked on the task's ranking examples; everything else is measured on its judging examples, see
-sparc3.faithfulness. The empty circuit has everything ablated that is ranked.
+sparc3.faithfulness. The empty circuit has everything ablated that is ranked. Where no one rule of LRP is best for all
+models (``default_rules``), the one is taken whose circuit of the ranking examples themselves is the smallest.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ from sparc3.units import UNITS, Components, ablated, components
 DEFAULT_RULE = "gradient,norm=constant"
 # And of heads. To zero a head or a neuron changes what later norms divide by, which they must not take for constant.
 _IDENTITY = "gradient,activation=identity"
+# Best for the neurons of a model with norms behind the blocks' parts too, not of one without.
+_CONSTANTS = "gradient,norm=constant,activation=identity,attention=half"
+# Ranking examples on which rules are compared, at most: measuring takes longer than scoring.
+_COMPARED = 32
 # Wanda ranks within the rows of a weight, as it was published; the others over the whole model.
 _PATTERNS = {"wanda": "row"}
 
@@ -63,7 +68,7 @@ class Circuit:
         curve: one point for each of ``FRACTIONS``.
         cpr, cmd: areas over the curve; NaN where faithfulness is undefined.
         sparsest: the smallest circuit measured from which on accuracy is at least 0.9 of the model's.
-        seconds: for scoring alone.
+        seconds: for scoring, and for comparing rules.
     """
 
     settings: dict[str, Any]
@@ -87,8 +92,18 @@ class Circuit:
         }
 
 
+def default_rules(unit: str, ablation: str) -> tuple[str, ...]:
+    """The rules of LRP that are tried on ranking examples where none is asked for: see docs/circuits.md."""
+    first = default_settings(unit, ablation)["rule"]
+    if unit == "weight":
+        return first, _IDENTITY
+    if unit == "neuron" and ablation == "zero":
+        return first, _CONSTANTS
+    return (first,)
+
+
 def default_settings(unit: str, ablation: str) -> dict[str, str]:
-    """{"rule", "reduce"} of LRP, chosen on ranking examples: see docs/circuits.md."""
+    """{"rule", "reduce"} of LRP: see docs/circuits.md; of ``default_rules`` the first."""
     if unit == "weight":
         return {"rule": DEFAULT_RULE, "reduce": "square"}
     if unit == "neuron" and ablation == "zero":
@@ -152,6 +167,7 @@ class Search:
         """
         check_circuit_settings(unit, "lrp", ablation)
         self.model, self.unit, self.ablation = model, unit, ablation
+        self._tokenizer, self._task = tokenizer, task
         self._ranking = task_batches(model, tokenizer, task.ranking)
         self._judging = task_batches(model, tokenizer, task.judging)
         self._components = None if unit == "weight" else components(model, unit)
@@ -193,7 +209,7 @@ class Search:
         Args:
             method: sparc3.ranking.COMPONENT_METHODS or, for weights, WEIGHT_METHODS.
             by: rank by "magnitude", or by signed "value" (what works against the task goes first).
-            rule: for lrp; None: ``default_settings``.
+            rule: for lrp; None: the best of ``default_rules`` on the ranking examples.
             target: what lrp and the gradients explain, of sparc3.tasks.TASK_TARGETS.
             reduce: how samples are reduced by lrp and the gradients: signed | abs | square (weights: token-square
                 too, and integrated gradients always signed); None: ``default_settings``.
@@ -203,45 +219,30 @@ class Search:
         Raises:
             InputError: the method does not fit the unit, or a setting is not known.
         """
-        defaults = default_settings(self.unit, self.ablation)
-        rule, reduce = rule or defaults["rule"], reduce or defaults["reduce"]
-        check_circuit_settings(self.unit, method, self.ablation, by, rule, reduce, target)
+        reduce = reduce or default_settings(self.unit, self.ablation)["reduce"]
+        rules = [rule] if rule else list(default_rules(self.unit, self.ablation))
+        check_circuit_settings(self.unit, method, self.ablation, by, rules[0], reduce, target)
         summed = ("lrp", "gradient", *(() if self.unit == "weight" else ("integrated-gradients",)))
         reduce = reduce if method in summed else "signed"
-        tell = tell or (lambda words: None)
-        tell(f"{method}: scoring")
-        start = time.perf_counter()
-        scores: torch.Tensor | Scores
-        if self._components is None:
-            scores = score_weights(
-                self.model, self._ranking, method, rule=rule, target=target, reduce=reduce, seed=seed
-            )
-        else:
-            scores = score_components(
-                self.model,
-                self._components,
-                self._ranking,
-                method,
-                ablation=self.ablation,
-                rule=rule,
-                target=target,
-                reduce=reduce,
-                seed=seed,
-            )
-        seconds = time.perf_counter() - start
         settings: dict[str, Any] = {"unit": self.unit, "ablation": self.ablation, "method": method, "by": by}
-        if method == "lrp":
-            settings |= {"rule": str(Rule.parse(rule))}
         if method in summed:
             settings |= {"target": target, "reduce": reduce}
         if method == "random":
             settings |= {"seed": seed}
+        tell = tell or (lambda words: None)
+        start = time.perf_counter()
+        compares = method == "lrp" and len(rules) > 1
+        tell(f"{method}: scoring{f' by {len(rules)} rules' if compares else ''}")
+        if not compares:
+            scores = self._scores(method, rules[0], target, reduce, seed)
+            settings |= {"rule": str(Rule.parse(rules[0]))} if method == "lrp" else {}
+        else:
+            scores, settings = self._best_of(rules, settings)
+        seconds = time.perf_counter() - start
         tell(f"{method}: measuring")
         curve = self.measure(scores, settings, FRACTIONS)
         tell(f"{method}: the sparsest circuit")
-        smallest = sparsest(
-            curve, GOAL * self.full.accuracy, lambda share: self.measure(scores, settings, [share])[0]
-        )
+        smallest = self._smallest(scores, settings, curve)
         return Circuit(settings, scores, tuple(curve), *areas(curve), smallest, seconds)
 
     def measure(
@@ -333,6 +334,49 @@ class Search:
             rows[block]["kept"] += kept
             rows[block]["of"] += total
         return list(rows.values())
+
+    def _scores(
+        self, method: str, rule: str | Rule, target: str, reduce: str, seed: int = 0
+    ) -> torch.Tensor | Scores:
+        """Of components [n], or of weights, on the ranking examples."""
+        settings: dict[str, Any] = {"rule": rule, "target": target, "reduce": reduce, "seed": seed}
+        if self._components is None:
+            return score_weights(self.model, self._ranking, method, **settings)
+        settings |= {"ablation": self.ablation}
+        return score_components(self.model, self._components, self._ranking, method, **settings)
+
+    def _best_of(
+        self, rules: Sequence[str | Rule], settings: dict[str, Any]
+    ) -> tuple[torch.Tensor | Scores, dict[str, Any]]:
+        """(Scores, settings) by the rule whose circuit of some ranking examples is the smallest, the first of equals.
+
+        Settings get "rule" and "compared": {rule: share of that circuit}, empty where the ranking examples tell
+        nothing: the model does not do the task on them, or does it as well with everything ablated.
+        """
+        examples, target, reduce = self._task.ranking, settings["target"], settings["reduce"]
+        known = Task(self._task.name, examples, examples[:_COMPARED])
+        names = [str(Rule.parse(rule)) for rule in rules]
+        try:
+            own = Search(self.model, self._tokenizer, known, self.unit, self.ablation)
+        except InputError:
+            first = self._scores("lrp", rules[0], target, reduce)
+            return first, settings | {"rule": names[0], "compared": {}}
+        scored = [self._scores("lrp", rule, target, reduce) for rule in rules]
+        shares = [own._smallest(scores, settings).fraction for scores in scored]
+        best = shares.index(min(shares))
+        compared = dict(zip(names, shares, strict=True))
+        return scored[best], settings | {"rule": names[best], "compared": compared}
+
+    def _smallest(
+        self, scores: torch.Tensor | Scores, settings: dict[str, Any], curve: Sequence[Point] = ()
+    ) -> Point:
+        """The sparsest circuit that does the task; without a curve, no more of one is measured than that takes."""
+        goal, points = GOAL * self.full.accuracy, list(curve)
+        for fraction in () if curve else reversed(FRACTIONS):
+            points += self.measure(scores, settings, [fraction])
+            if points[-1].accuracy < goal:
+                break
+        return sparsest(points, goal, lambda share: self.measure(scores, settings, [share])[0])
 
     def _nothing(self) -> torch.Tensor | Mask:
         if self._components is not None:

@@ -73,7 +73,8 @@ def circuit(
         str | None,
         typer.Option(
             help="LRP rule: attnlrp | cp | gradient, or choices such as gradient,norm=constant. Default: what "
-            "was best for the unit."
+            "was best for the unit; of two for weights and for neurons ablated by zero, the better on the ranking "
+            "examples."
         ),
     ] = None,
     target: Annotated[
@@ -128,9 +129,9 @@ def circuit(
     defaults = default_settings(unit, ablation)
     # Defaults were chosen for components; tokens are coloured as sparc3 explain does it.
     token_rule = rule or "attnlrp"
-    rule, reduce = rule or defaults["rule"], reduce or defaults["reduce"]
+    reduce = reduce or defaults["reduce"]
     for name in methods:
-        check_circuit_settings(unit, name, ablation, by, rule, reduce, target)
+        check_circuit_settings(unit, name, ablation, by, rule or defaults["rule"], reduce, target)
     if keep is not None and not 0 <= keep <= 1:
         raise InputError(f"--keep {keep} is not a share: it must be in [0, 1]")
 
@@ -253,11 +254,22 @@ def _show(loaded: Loaded, report: dict[str, Any], out: Path) -> None:
         f"{empty['logit_difference']:.3g}",
         f"circuit of {chosen['method']}: {chosen['kept']} of {report['total']} {report['unit']}s, accuracy "
         f"{chosen['accuracy']:.3f}, faithfulness {decimals(chosen['faithfulness'])}",
+        *_rules(report["results"]),
         *_named(chosen.get("components", [])),
         *([f"Note: {warning}"] if warning else []),
         *console.notes(loaded),
         console.saved(out),
     )
+
+
+def _rules(results: list[dict[str, Any]]) -> list[str]:
+    """Which rule was taken where several were compared."""
+    return [
+        "smallest circuit of the ranking examples by rule: "
+        + ", ".join(f"{share:.2%} {rule}" for rule, share in sorted(compared.items(), key=lambda one: one[1]))
+        for row in results
+        if (compared := row["settings"].get("compared"))
+    ]
 
 
 def _named(names: list[str]) -> list[str]:

@@ -95,7 +95,7 @@ def correct(
         typer.Option(
             min=1,
             help="How many N to measure, each half the next; the plot has them all. Where N is chosen, up to three "
-            "more, each twice the last, while --budget holds and the behaviour is shown, and two where it ends.",
+            "more, each twice the last, while --budget holds and the behaviour is shown, and three where it ends.",
         ),
     ] = 6,
     rule: Annotated[

@@ -13,7 +13,7 @@ POINTS = 6
 SHARES = {"weight": 0.001, "neuron": 0.005, "head": 0.1}
 BEYOND = (2, 4, 8)
 # How often the gap is halved between the largest number within the budget and the next.
-REFINED = 2
+REFINED = 3
 
 Ranked = TypeVar("Ranked")
 

@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from dataclasses import replace
 
 import letters
 import pytest
@@ -12,14 +13,15 @@ from by_hand import examples_of, expected_means, model_of, reference
 from tiny import state
 
 import sparc3
+from sparc3 import circuit as circuits
 from sparc3.ablation import ablated_differences, differences, replacement
 from sparc3.agreement import agreement
-from sparc3.circuit import Search, check_circuit_settings, default_settings
+from sparc3.circuit import Search, check_circuit_settings, default_rules, default_settings
 from sparc3.errors import InputError
 from sparc3.faithfulness import GOAL, Point, areas, faithfulness, sparsest
 from sparc3.families import prunable
 from sparc3.ranking import COMPONENT_METHODS, WEIGHT_METHODS, score_components
-from sparc3.tasks import load_task, task_batches
+from sparc3.tasks import Task, load_task, task_batches
 from sparc3.units import components
 
 # Measuring
@@ -139,6 +141,44 @@ def test_the_mask_of_kept_components_measures_the_same():
 def test_where_a_norm_is_no_constant(unit, zero, mean, patch):
     rules = [default_settings(unit, ablation)["rule"] for ablation in ("zero", "mean", "patch")]
     assert [sparc3.Rule.parse(rule).norm_scale_gradient for rule in rules] == [zero, mean, patch]
+
+
+@pytest.mark.parametrize("unit", ["weight", "neuron"])
+def test_the_rule_is_the_one_whose_circuit_of_the_ranking_examples_is_the_smallest(unit, monkeypatch):
+    model = model_of("llama")
+    task = letters.task(model, 48)
+    # More examples than are compared on: the others must not count.
+    monkeypatch.setattr(circuits, "_COMPARED", 16)
+    rules = default_rules(unit, "zero")
+    known = Search(model, words.tokenizer(), Task(task.name, task.ranking, task.ranking[:16]), unit)
+    shares = [known.find("lrp", rule=rule).sparsest.fraction for rule in rules]
+    assert len(set(shares)) == len(rules) == 2
+    search, told = Search(model, words.tokenizer(), task, unit), []
+    circuit = search.find("lrp", tell=told.append)
+    names = [str(sparc3.Rule.parse(rule)) for rule in rules]
+    assert circuit.settings["compared"] == dict(zip(names, shares, strict=True))
+    best = rules[shares.index(min(shares))]
+    expected = search.find("lrp", rule=best)
+    assert "compared" not in expected.settings
+    assert circuit.settings["rule"] == expected.settings["rule"]
+    assert (circuit.curve, circuit.sparsest) == (expected.curve, expected.sparsest)
+    assert told[0] == "lrp: scoring by 2 rules"
+    # The first of equals.
+    assert rules[0] == default_settings(unit, "zero")["rule"]
+    monkeypatch.setattr(circuits, "GOAL", 0.0)
+    tied = Search(model, words.tokenizer(), task, unit).find("lrp").settings
+    assert (tied["compared"], tied["rule"]) == ({name: 0.001 for name in names}, names[0])
+
+
+def test_ranking_examples_that_the_model_gets_wrong_compare_no_rules():
+    model = model_of("llama")
+    task = letters.task(model)
+    wrong = [replace(one, right_ids=one.wrong_ids, wrong_ids=one.right_ids) for one in task.ranking]
+    search = Search(model, words.tokenizer(), Task(task.name, tuple(wrong), task.judging), "neuron")
+    found = search.find("lrp")
+    assert found.settings["compared"] == {}
+    expected = search.find("lrp", rule=default_settings("neuron", "zero")["rule"])
+    assert (found.settings["rule"], found.curve) == (expected.settings["rule"], expected.curve)
 
 
 @pytest.mark.parametrize("ablation", ["zero", "mean", "patch"])

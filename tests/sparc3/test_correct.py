@@ -246,11 +246,11 @@ def test_the_budget_chooses_the_largest_that_keeps_to_it():
     [
         # 0.1 of 96 neurons is 10, and 1, 2, 5 come before; 2, 4 and 8 times as many are within all of them.
         ({80: 0.01}, {}, [20, 40, 80], 80),
-        # Halfway to what costs too much, twice.
-        ({40: 0.011, 80: 0.0}, {}, [20, 40, 30, 35], 35),
-        ({30: 0.011, 40: 0.011}, {}, [20, 40, 30, 25], 25),
+        # Halfway to what costs too much, and on.
+        ({40: 0.011, 80: 0.0}, {}, [20, 40, 30, 35, 37], 37),
+        ({30: 0.011, 40: 0.011}, {}, [20, 40, 30, 25, 27], 27),
         ({7: 0.02, 10: 0.02}, {}, [7, 6], 6),
-        ({10: float("nan")}, {}, [7, 8], 8),
+        ({10: float("nan")}, {}, [7, 8, 9], 9),
         (
             {3: float("nan"), 5: 0.02, 10: 0.0},
             {},
