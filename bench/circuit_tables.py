@@ -71,7 +71,7 @@ def _rules(data: dict[str, Any]) -> list[str]:
         for (rule, target, reduce), same in _groups(part, "rule", "target", "reduce").items():
             of_unit = [[row for row in same if row["unit"] == unit] for unit in units]
             cells = [
-                f"{_share(rows):.2%}, {decimals(_mean(row['cpr'] for row in rows))}" if rows else ""
+                f"{_share(rows):.2%}, {decimals(_mean(row['cpr'] for row in _defined(rows)))}" if rows else ""
                 for rows in of_unit
             ]
             order = sum(math.log(_share(rows)) for rows in of_unit if rows)

@@ -57,13 +57,22 @@ def _methods(results: Results) -> list[str]:
 
 def _spread(values: Iterable[float | None], digits: int = 2) -> str:
     """Mean and, of several, the standard deviation; "-" where one is undefined, which report.json has as null."""
-    found = [math.nan if value is None else value for value in values]
+    found = _numbers(values)
     if not found:
         return ""
     if not all(map(math.isfinite, found)):
         return "-"
     mean = f"{statistics.mean(found):.{digits}f}"
     return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.{digits}f}"
+
+
+def _numbers(values: Iterable[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    """NaN, which a plot leaves out, where one is undefined."""
+    return statistics.mean(_numbers(values))
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
@@ -202,7 +211,7 @@ def _draw_table1(axes: Any, config: dict[str, Any], results: Results, model: str
     paper = config["paper"].get(_short(model), {})
     for place, method in enumerate(methods):
         values = [row["perplexity"] for row in _of(results, method=method)]
-        axes.bar(place, statistics.mean(values), color=_colour(method), width=0.6)
+        axes.bar(place, _mean(values), color=_colour(method), width=0.6)
         if method in paper:
             axes.plot(
                 place, paper[method][0], "x", color="black", label="the paper's" if place == 0 else None
@@ -221,7 +230,7 @@ def _draw_samples(axes: Any, config: dict[str, Any], results: Results, model: st
         for count in config["counts"]:
             ours = _of(results, method=method, count=count)
             if ours:
-                points.append((count, statistics.mean(row["perplexity"] for row in ours)))
+                points.append((count, _mean(row["perplexity"] for row in ours)))
         if points:
             draw_line(axes, method, points)
         for count, value in paper.get(method, {}).items():

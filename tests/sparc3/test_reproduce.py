@@ -183,6 +183,25 @@ def test_models_stand_apart_in_tables_and_plots(tmp_path):
     assert image.size == ((1.2 + 4.2 * 3) * 150, 4.2 * 2 * 150)
 
 
+@pytest.mark.parametrize("name", ["table1", "samples"])
+def test_an_infinite_perplexity_which_a_report_has_as_null_leaves_a_gap(name, tmp_path):
+    config = configuration(name, "smoke", models=["hub/one"])
+    counts = config.get("counts", [2])
+    results = [
+        {"key": f"{method} {count}", "model": "hub/one", "method": method, "seed": 0, "count": count}
+        | {"perplexity": None if method == "wanda" else 10.0 + count, "accuracy": {"rte": 0.5}}
+        for method in ("wanda", "lrp")
+        for count in counts
+    ]
+    assert "| - |" in next(
+        line for line in markdown(name, config, results).splitlines() if "| wanda |" in line
+    )
+    plot(name, config, results, tmp_path / "plot.png")
+    plot(name, config, [row for row in results if row["method"] == "lrp"], tmp_path / "other.png")
+    # The gap's method has its name on the axis or in the legend all the same.
+    assert (tmp_path / "plot.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+
+
 def test_reduced_is_small_models_and_keeps_the_methods():
     for name in ("table1", "samples", "concentration", "ioi"):
         paper, reduced = configuration(name, "paper"), configuration(name, "reduced")
