@@ -73,7 +73,7 @@ STUDIES = {
         },
         12,
     ),
-    "repetition": Study(("smollm2", "gemma3"), {"weight": (2000, 8000, 0.0003), "neuron": (0.001,)}, 50),
+    "repetition": Study(("smollm2", "gemma3"), {"weight": (250, 500, 1000, 2000), "neuron": (0.001,)}, 50),
     "toxicity": Study(("smollm2", "gemma3"), {"neuron": (8, 16)}, 20),
 }
 # (method, contrast, rule: None is the unit's default)
@@ -200,7 +200,6 @@ def run(
                 for method, contrast, rule in methods
                 for draw in range(draws if method == "random" else 1)
                 if method in CHOSEN[unit]
-                and not (contrast == "absolute" and unit == "weight")
                 and not (contrast == "difference" and rule == default_rule(unit, contrast))
             ]
             missing = [row for row in wanted if _key(row) not in done]

@@ -67,7 +67,7 @@ def correct(
         str,
         typer.Option(
             help="difference (general minus undesired relevance, lowest first) | set-difference | absolute (what "
-            "general text needs at single tokens counts; neurons and heads)."
+            "general text needs at single tokens counts)."
         ),
     ] = "difference",
     compare: Annotated[

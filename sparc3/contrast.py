@@ -9,7 +9,8 @@ difference     R_general - R_undesired (arXiv 2506.13727, Eq. 7)
 set-difference -R_undesired, but the top ``PROTECTED`` of R_general never goes
                (Wei et al. 2024, arXiv 2402.05162: the top of one set without that of the other)
 absolute       ``GUARD`` |R_general| - R_undesired, |R| of every token by itself and of the
-               log-probability, the first token of a text left out of both; neurons and heads
+               log-probability; of neurons and heads the mean, the first token of a text left out of
+               both, of weights the root of the mean square
 ============== =================================================================================
 
 R is signed: of a component that helps at one token of general text and hurts at another only |R| tells that it
@@ -70,10 +71,8 @@ def check_contrast(unit: str, method: str, contrast: str, rule: str | Rule, targ
         raise InputError(f"method {method!r} does not score {unit}s; use {' | '.join(METHODS[unit])}")
     if contrast not in CONTRASTS:
         raise InputError(f"contrast {contrast!r} is not known; use {' | '.join(CONTRASTS)}")
-    if contrast == "absolute" and (unit == "weight" or method == "activation"):
-        raise InputError(
-            f"contrast absolute compares lrp or gradient of neurons or heads, not {method} of {unit}s; use difference"
-        )
+    if contrast == "absolute" and method == "activation":
+        raise InputError("contrast absolute compares lrp or gradient, not activation; use difference")
     check_settings("lrp" if method == "lrp" and unit == "weight" else "gradient", rule=rule, target=target)
 
 
@@ -99,7 +98,9 @@ def mean_relevance(
         method: lrp | gradient | activation (mean |x| where a token is explained).
         rule, target: of lrp, see sparc3.rules and sparc3.targets; the target is gradient's too.
         include, exclude: shell patterns on the names of weights.
-        absolute, skip_first: of components under lrp or gradient: sum |R| of positions, leave the first one out.
+        absolute: under lrp or gradient, |R| of positions by themselves: its mean of components, of weights the root
+            of its mean square.
+        skip_first: under lrp or gradient, leave the first position out.
         progress: called with the number of samples done since the last call.
 
     Returns:
@@ -116,12 +117,16 @@ def mean_relevance(
         settings = {
             "rule": rule,
             "target": target,
-            "reduce": "signed",
+            "reduce": "token-square" if absolute else "signed",
+            "skip_first": skip_first,
             "include": include,
             "exclude": exclude,
         }
-        found = attribute(model, batches, method, progress=progress, **settings)  # type: ignore[arg-type]
-        return {name: tensor.div_(tokens) for name, tensor in found.tensors.items()}
+        found = attribute(model, batches, method, progress=progress, **settings).tensors  # type: ignore[arg-type]
+        return {
+            name: _root_(tensor.div_(tokens)) if absolute else tensor.div_(tokens)
+            for name, tensor in found.items()
+        }
     if method == "activation":
         total = _activations(model, batches, unit, progress)
     else:
@@ -154,6 +159,12 @@ def random_scores(shapes: dict[str, torch.Size], seed: int) -> Values:
     """Uniform scores for the names and shapes given."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def _root_(scores: torch.Tensor) -> torch.Tensor:
+    """The square root, in place; -inf stays, and with it what is zero already."""
+    zero = scores.isneginf()
+    return scores.clamp_(min=0).sqrt_().masked_fill_(zero, -torch.inf)
 
 
 def _relevance(

@@ -275,7 +275,8 @@ class Correction:
                 include=self._include,
                 exclude=self._exclude,
                 absolute=absolute and batches is self._general,
-                skip_first=absolute,
+                # A weight may do its work at the first token alone: massive activations arise there.
+                skip_first=absolute and self.unit != "weight",
                 progress=progress,
             )
             for batches, explained in (

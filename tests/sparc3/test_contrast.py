@@ -163,7 +163,42 @@ def test_the_absolute_contrast_takes_tokens_by_themselves_and_leaves_the_first_o
     torch.testing.assert_close(found, 4 * by_hand - signed)
 
 
-@pytest.mark.parametrize(("unit", "method"), [("weight", "lrp"), ("neuron", "activation")])
-def test_the_absolute_contrast_refuses_what_it_cannot_compare(unit, method):
-    with pytest.raises(InputError, match=f"contrast absolute compares .* not {method} of {unit}s"):
-        check_contrast(unit, method, "absolute", "attnlrp", "lead")
+@pytest.mark.parametrize("unit", ["neuron", "head"])
+def test_the_absolute_contrast_refuses_what_it_cannot_compare(unit):
+    with pytest.raises(InputError, match="contrast absolute compares lrp or gradient, not activation"):
+        check_contrast(unit, "activation", "absolute", "attnlrp", "lead")
+
+
+@pytest.mark.parametrize("method", ["lrp", "gradient"])
+def test_the_absolute_contrast_of_weights_is_against_the_root_mean_square_of_single_tokens(method):
+    model, (batch, other) = tiny.build("llama"), two_batches()
+    down = model.model.layers[1].mlp.down_proj
+    with torch.no_grad():
+        down.weight[3, 5] = 0
+    include = ("*.1.mlp.down_proj.weight",)
+    # By hand: what every token brings its input and its output's gradient to, alone. Behind this linear there are the
+    # residual stream, the last norm and the head; the gradient has no rules there, nor the identity rule.
+    kept = {}
+    handle = down.register_forward_hook(lambda module, args, output: kept.update(x=args[0], y=output))
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    handle.remove()
+    labels = batch["labels"]
+    explained = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    (g,) = torch.autograd.grad((explained * (labels >= 0)).sum(), kept["y"])
+    x, weight = kept["x"].detach().double(), down.weight.detach().double()
+    each = torch.einsum("bto,bti->btoi", g.double(), x) * weight
+    tokens = int((labels >= 0).sum())
+    by_hand = (each.square().sum((0, 1)) / tokens).sqrt()
+    options = {"rule": "gradient,activation=identity", "include": include}
+    (absolute,) = mean_relevance(
+        model, [batch], "weight", method, target="logprob", absolute=True, **options
+    ).values()
+    assert absolute[3, 5] == -torch.inf
+    by_hand[3, 5] = -torch.inf
+    # fp32 products of a dozen terms each, squared and rooted.
+    torch.testing.assert_close(absolute.double(), by_hand, rtol=1e-4, atol=1e-7)
+    (signed,) = mean_relevance(model, [other], "weight", method, target="lead", **options).values()
+    (found,) = contrasted({"w": absolute.clone()}, {"w": signed}, "absolute").values()
+    assert found[3, 5] == torch.inf
+    found[3, 5] = by_hand[3, 5] = signed[3, 5] = 0
+    torch.testing.assert_close(found.double(), 4 * by_hand - signed, rtol=1e-4, atol=1e-6)
