@@ -123,7 +123,7 @@ def _circuits(data: dict[str, Any]) -> list[str]:
         lines += [
             f"{unit}s, {ablation} ablation, {ranked} ranking and {examples} judging examples a seed, seeds "
             f"{seeds}. Share: the smallest circuit with 0.9 of the accuracy, geometric mean over seeds; against: "
-            "LRP's share (by its default rule) over this one's, with the 95 % interval over seeds.\n",
+            "LRP's share (by its default) over this one's, with the 95 % interval over seeds.\n",
             "| method | share | LRP's share over it | CPR | CMD |\n|---|---|---|---|---|",
         ]
         of = _groups(part, "method", "rule")
