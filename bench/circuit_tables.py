@@ -64,7 +64,7 @@ def _rules(data: dict[str, Any]) -> list[str]:
         lines += [
             f"Development examples ({ranked} to rank on and {examples} to judge on, of the ranking side's "
             f"templates), zero ablation, seeds {seeds}: share that keeps 0.9 of the accuracy (geometric mean), "
-            "and CPR.\n",
+            "and CPR (of the seeds that define it).\n",
             "| rule | target | reduction | " + " | ".join(units) + " |\n|---|---|---|" + "---|" * len(units),
         ]
         table = []

@@ -36,7 +36,8 @@ from transformers import PreTrainedModel
 
 from sparc3.ablation import differences, masked_differences
 from sparc3.agreement import agreement
-from sparc3.circuit import Search, default_settings
+from sparc3.circuit import Search
+from sparc3.circuit_settings import default_settings
 from sparc3.ranking import score_components, score_weights
 from sparc3.report import as_json, versions
 from sparc3.scores import Scores
@@ -109,7 +110,7 @@ class Choice:
 
     Attributes:
         seeds: how many.
-        rules: of LRP; "" is the default rule.
+        rules: of LRP; "" is the default, which compares rules on ranking examples for some units.
         reductions: of samples, for the rules that are tried.
     """
 

@@ -7,7 +7,7 @@
 
 What is kept is ranked on the task's ranking examples; everything else is measured on its judging examples, see
 sparc3.faithfulness. The empty circuit has everything ablated that is ranked. Where no one rule of LRP is best for all
-models (``default_rules``), the one is taken whose circuit of the ranking examples themselves is the smallest.
+models (sparc3.circuit_settings), the one is taken whose circuit of the ranking examples themselves is the smallest.
 """
 
 from __future__ import annotations
@@ -23,33 +23,21 @@ import torch
 from sparc3_kernels.select import count_bits, pack_bits
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparc3.ablation import ABLATIONS, ablated_differences, differences, masked_differences, replacement
+from sparc3.ablation import ablated_differences, differences, masked_differences, replacement
+from sparc3.circuit_settings import check_circuit_settings, default_rules, default_settings
 from sparc3.engine import model_inputs
 from sparc3.errors import InputError
 from sparc3.faithfulness import FRACTIONS, GOAL, Point, areas, faithfulness, sparsest
 from sparc3.families import blocks_of, family_of, find, prunable
 from sparc3.mask import Mask
-from sparc3.ranking import (
-    COMPONENT_METHODS,
-    WEIGHT_METHODS,
-    check_component_settings,
-    check_task_target,
-    score_components,
-    score_weights,
-)
+from sparc3.ranking import score_components, score_weights
 from sparc3.rules import Rule
-from sparc3.scores import Scores, check_settings
-from sparc3.select import RANKINGS, pruned_count, select
+from sparc3.scores import Scores
+from sparc3.select import pruned_count, select
 from sparc3.targets import Batch
 from sparc3.tasks import Task, task_batches
-from sparc3.units import UNITS, Components, ablated, components
+from sparc3.units import Components, ablated, components
 
-# Agrees best with exact ablation of MLPs and blocks (docs/circuits.md).
-DEFAULT_RULE = "gradient,norm=constant"
-# And of heads. To zero a head or a neuron changes what later norms divide by, which they must not take for constant.
-_IDENTITY = "gradient,activation=identity"
-# Best for the neurons of a model with norms behind the blocks' parts too, not of one without.
-_CONSTANTS = "gradient,norm=constant,activation=identity,attention=half"
 # Ranking examples on which rules are compared, at most: measuring takes longer than scoring.
 _COMPARED = 32
 # Wanda ranks within the rows of a weight, as it was published; the others over the whole model.
@@ -90,56 +78,6 @@ class Circuit:
             "sparsest": asdict(self.sparsest),
             "seconds": self.seconds,
         }
-
-
-def default_rules(unit: str, ablation: str) -> tuple[str, ...]:
-    """The rules of LRP that are tried on ranking examples where none is asked for: see docs/circuits.md."""
-    first = default_settings(unit, ablation)["rule"]
-    if unit == "weight":
-        return first, _IDENTITY
-    if unit == "neuron" and ablation == "zero":
-        return first, _CONSTANTS
-    return (first,)
-
-
-def default_settings(unit: str, ablation: str) -> dict[str, str]:
-    """{"rule", "reduce"} of LRP: see docs/circuits.md; of ``default_rules`` the first."""
-    if unit == "weight":
-        return {"rule": DEFAULT_RULE, "reduce": "square"}
-    if unit == "neuron" and ablation == "zero":
-        return {"rule": _IDENTITY, "reduce": "abs"}
-    if unit in ("head", "kv-head") and ablation != "mean":
-        return {"rule": _IDENTITY, "reduce": "signed"}
-    return {"rule": DEFAULT_RULE, "reduce": "signed"}
-
-
-def check_circuit_settings(
-    unit: str,
-    method: str,
-    ablation: str = "zero",
-    by: str = "magnitude",
-    rule: str | Rule = DEFAULT_RULE,
-    reduce: str = "signed",
-    target: str = "difference",
-) -> None:
-    """InputError where ``Search`` would refuse these, whatever the model."""
-    if unit not in ("weight", *UNITS):
-        raise InputError(f"unit {unit!r} is not known; use weight | {' | '.join(UNITS)}")
-    if by not in RANKINGS:
-        raise InputError(f"ranking {by!r} is not known; use {' | '.join(RANKINGS)}")
-    check_task_target(target)
-    if unit != "weight":
-        Rule.parse(rule)
-        check_component_settings(unit, method, ablation, reduce)
-        return
-    if method not in WEIGHT_METHODS:
-        kind = "scores components, not weights" if method in COMPONENT_METHODS else "is not known"
-        raise InputError(f"method {method!r} {kind}; use {' | '.join(WEIGHT_METHODS)}")
-    if ablation not in ABLATIONS[:1]:
-        raise InputError(
-            f"weights are ablated by zero alone, not by {ablation!r}: they are the same for any prompt"
-        )
-    check_settings("gradient" if method == "integrated-gradients" else method, rule=rule, reduce=reduce)
 
 
 class Search:
@@ -350,11 +288,12 @@ class Search:
     ) -> tuple[torch.Tensor | Scores, dict[str, Any]]:
         """(Scores, settings) by the rule whose circuit of some ranking examples is the smallest, the first of equals.
 
-        Settings get "rule" and "compared": {rule: share of that circuit}, empty where the ranking examples tell
+        Settings get "rule" and "compared": {rule: share kept by that circuit}, empty where the ranking examples tell
         nothing: the model does not do the task on them, or does it as well with everything ablated.
         """
         examples, target, reduce = self._task.ranking, settings["target"], settings["reduce"]
-        known = Task(self._task.name, examples, examples[:_COMPARED])
+        # A file may have its groups one after another.
+        known = Task(self._task.name, examples, examples[:: math.ceil(len(examples) / _COMPARED)])
         names = [str(Rule.parse(rule)) for rule in rules]
         try:
             own = Search(self.model, self._tokenizer, known, self.unit, self.ablation)
@@ -362,7 +301,7 @@ class Search:
             first = self._scores("lrp", rules[0], target, reduce)
             return first, settings | {"rule": names[0], "compared": {}}
         scored = [self._scores("lrp", rule, target, reduce) for rule in rules]
-        shares = [own._smallest(scores, settings).fraction for scores in scored]
+        shares = [own._smallest(scores, settings).kept / self.total for scores in scored]
         best = shares.index(min(shares))
         compared = dict(zip(names, shares, strict=True))
         return scored[best], settings | {"rule": names[best], "compared": compared}
@@ -372,10 +311,11 @@ class Search:
     ) -> Point:
         """The sparsest circuit that does the task; without a curve, no more of one is measured than that takes."""
         goal, points = GOAL * self.full.accuracy, list(curve)
-        for fraction in () if curve else reversed(FRACTIONS):
-            points += self.measure(scores, settings, [fraction])
-            if points[-1].accuracy < goal:
-                break
+        if not curve:
+            points = [self.full]
+            smaller = iter(sorted(FRACTIONS[:-1], reverse=True))
+            while points[-1].accuracy >= goal and (fraction := next(smaller, None)):
+                points += self.measure(scores, settings, [fraction])
         return sparsest(points, goal, lambda share: self.measure(scores, settings, [share])[0])
 
     def _nothing(self) -> torch.Tensor | Mask:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 import sparc3
 from sparc3.circuit import Circuit, Search
 from sparc3.circuit_export import write_hook_scores, write_mib
+from sparc3.circuit_settings import compared
 from sparc3.explain import relevance
 from sparc3.export import write_text
 from sparc3.faithfulness import GOAL
@@ -250,6 +251,9 @@ def _settings(report: dict[str, Any]) -> list[list[str]]:
         ["task", f"{task['name']}, seed {task['seed']}"],
         ["ranked on", f"{task['ranking']['examples']} examples"],
         ["judged on", f"{task['judging']['examples']} others"],
-        *[[key, str(value)] for key, value in first["settings"].items()],
+        *[
+            [key, compared(first["settings"]) if key == "compared" else str(value)]
+            for key, value in first["settings"].items()
+        ],
         ["sparc3", sparc3.__version__],
     ]

@@ -117,8 +117,9 @@ def circuit(
     and MLP is saved under TransformerLens' names (components.safetensors) and for MIB (mib.json). With zero ablation
     the folder has the circuit's weights too, as mask.safetensors for sparc3 mask.
     """
-    from sparc3.circuit import Search, check_circuit_settings, default_settings
+    from sparc3.circuit import Search
     from sparc3.circuit_page import sample_rows, write_circuit
+    from sparc3.circuit_settings import check_circuit_settings, default_settings
     from sparc3.export import check_new, new_folder
     from sparc3.models import BUNDLED
     from sparc3.tasks import load_task
@@ -263,12 +264,13 @@ def _show(loaded: Loaded, report: dict[str, Any], out: Path) -> None:
 
 
 def _rules(results: list[dict[str, Any]]) -> list[str]:
-    """Which rule was taken where several were compared."""
+    """What rules needed where they were compared."""
+    from sparc3.circuit_settings import compared
+
     return [
-        "smallest circuit of the ranking examples by rule: "
-        + ", ".join(f"{share:.2%} {rule}" for rule, share in sorted(compared.items(), key=lambda one: one[1]))
+        f"smallest circuit of the ranking examples by rule: {compared(row['settings'])}"
         for row in results
-        if (compared := row["settings"].get("compared"))
+        if "compared" in row["settings"]
     ]
 
 

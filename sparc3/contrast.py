@@ -10,7 +10,7 @@ set-difference -R_undesired, but the top ``PROTECTED`` of R_general never goes
                (Wei et al. 2024, arXiv 2402.05162: the top of one set without that of the other)
 absolute       ``GUARD`` |R_general| - R_undesired, |R| of every token by itself and of the
                log-probability; of neurons and heads the mean, the first token of a text left out of
-               both, of weights the root of the mean square
+               both, of weights the root of the mean square over all tokens
 ============== =================================================================================
 
 R is signed: of a component that helps at one token of general text and hurts at another only |R| tells that it
@@ -100,7 +100,7 @@ def mean_relevance(
         include, exclude: shell patterns on the names of weights.
         absolute: under lrp or gradient, |R| of positions by themselves: its mean of components, of weights the root
             of its mean square.
-        skip_first: under lrp or gradient, leave the first position out.
+        skip_first: of components under lrp or gradient, leave the first position out.
         progress: called with the number of samples done since the last call.
 
     Returns:
@@ -118,7 +118,6 @@ def mean_relevance(
             "rule": rule,
             "target": target,
             "reduce": "token-square" if absolute else "signed",
-            "skip_first": skip_first,
             "include": include,
             "exclude": exclude,
         }
@@ -164,7 +163,7 @@ def random_scores(shapes: dict[str, torch.Size], seed: int) -> Values:
 def _root_(scores: torch.Tensor) -> torch.Tensor:
     """The square root, in place; -inf stays, and with it what is zero already."""
     zero = scores.isneginf()
-    return scores.clamp_(min=0).sqrt_().masked_fill_(zero, -torch.inf)
+    return scores.sqrt_().masked_fill_(zero, -torch.inf)
 
 
 def _relevance(

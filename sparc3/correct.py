@@ -214,7 +214,7 @@ class Correction:
             tell(f"{method}: {count} removed", place, max(place + 1, len(counts)))
             return self.measure(self.mask(ranked, count), count)
 
-        sweep, ranked = swept(counts, self.total if searched else 0, budget, spared, measure)
+        sweep, ranked = swept(counts, self.total if searched else None, budget, spared, measure)
         chosen = within_budget(sweep, budget) if budget is not None else sweep[-1] if sweep else None
         settings: dict[str, Any] = {"unit": self.unit, "method": method, "behaviour": self.behaviour.name}
         settings |= {"seed": seed} if method == "random" else {"contrast": contrast}
@@ -275,8 +275,7 @@ class Correction:
                 include=self._include,
                 exclude=self._exclude,
                 absolute=absolute and batches is self._general,
-                # A weight may do its work at the first token alone: massive activations arise there.
-                skip_first=absolute and self.unit != "weight",
+                skip_first=absolute,
                 progress=progress,
             )
             for batches, explained in (

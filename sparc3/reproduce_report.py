@@ -286,11 +286,8 @@ def _draw_correction(axes: Any, config: dict[str, Any], results: Results, model:
     unit, what = part.split()
     for method in _methods(_of(results, unit=unit)):
         ours = _of(results, unit=unit, method=method)
-        means = [statistics.mean(row["before"][what] for row in ours)]
-        means += [
-            statistics.mean(point[what] for point in _removed(ours, count))
-            for count in config["counts"][unit]
-        ]
+        means = [_mean(row["before"][what] for row in ours)]
+        means += [_mean(point[what] for point in _removed(ours, count)) for count in config["counts"][unit]]
         style = "--" if method == "lrp (paper)" else "-"
         counts = [0, *config["counts"][unit]]
         draw_line(axes, method, list(zip(counts, means, strict=True)), style)

@@ -53,7 +53,7 @@ def halvings(last: int, points: int = POINTS) -> list[int]:
 
 def swept(
     counts: Sequence[int],
-    total: int,
+    total: int | None,
     budget: float | None,
     spared: Callable[[int], tuple[Ranked, int]],
     measure: Callable[[Ranked, int], Measured],
@@ -65,10 +65,10 @@ def swept(
 
     Args:
         counts: what is measured in any case.
-        total: all that others must be below; 0: ``counts`` alone are measured.
+        total: all that others must be below; None: ``counts`` alone are measured.
         budget: of the increase of perplexity, as 0.01; None: ``counts`` alone.
         spared: (how to remove so many, how many of them can be afforded); called once for ``counts``, for each other
-            number anew.
+            number anew, so that what goes of a smaller number need not be among what goes of a larger one.
         measure: remove so many and measure.
 
     Returns:
@@ -77,7 +77,7 @@ def swept(
     last = max(counts)
     ranked, afforded = spared(last)
     sweep = [measure(ranked, count) for count in sorted({min(count, afforded) for count in counts} - {0})]
-    if budget is None:
+    if budget is None or total is None:
         return sweep, ranked
 
     def further(count: int, low: int) -> bool:
@@ -92,7 +92,7 @@ def swept(
         fits = times * last < total and _goes_on(sweep, budget)
         if not (fits and further(times * last, sweep[-1].count)):
             break
-    for _ in range(REFINED if total else 0):
+    for _ in range(REFINED):
         gap = _gap(sweep, budget)
         if gap is None or not further(sum(gap) // 2, gap[0]):
             break

@@ -11,6 +11,7 @@ from commands import run, succeed, succeed_json
 
 import sparc3
 from sparc3 import circuit as circuits
+from sparc3 import circuit_settings
 from sparc3.ablation import differences
 from sparc3.agreement import agreement
 from sparc3.circuit_page import circuit_page
@@ -131,6 +132,24 @@ def test_the_mask_is_the_circuit_of_the_report(room, base, asked, unit):
         assert "components" not in chosen
 
 
+def test_rules_that_are_compared_are_said_with_what_they_needed(room, asked):
+    options = ["--unit", "neuron", "--out", "out"]
+    (row,) = succeed_json("circuit", *asked, *options)["results"]
+    compared = row["settings"]["compared"]
+    assert list(compared) == [
+        str(sparc3.Rule.parse(rule)) for rule in circuit_settings.default_rules("neuron", "zero")
+    ]
+    assert compared[row["settings"]["rule"]] == min(compared.values())
+    stdout = succeed("circuit", *asked, *options[:-1], "shown")
+    best, other = sorted(compared.items(), key=lambda pair: pair[1])
+    said = f"{best[1]:.2%} {best[0]}, {other[1]:.2%} {other[0]}"
+    assert f"smallest circuit of the ranking examples by rule: {said}" in " ".join(stdout.split())
+    assert said in (room / "shown" / "circuit.html").read_text()
+    assert circuit_settings.compared({"compared": {}}).startswith("not compared")
+    asked_for = succeed("circuit", *asked, "--unit", "neuron", "--rule", "attnlrp", "--out", "one")
+    assert "by rule" not in asked_for
+
+
 def test_scores_agree_with_exact_ablation_where_it_is_compared(room, asked):
     options = ["--unit", "node", "--ablation", "patch", "--compare", "exact,random", "--out", "out"]
     found = succeed_json("circuit", *asked, *options)
@@ -141,7 +160,7 @@ def test_scores_agree_with_exact_ablation_where_it_is_compared(room, asked):
     for method in ("lrp", "random"):
         scores, exact = (torch.tensor(list(rows[name]["scores"].values())) for name in (method, "exact"))
         assert rows[method]["agreement"] == pytest.approx(agreement(scores, exact), abs=1e-5)
-    assert rows["lrp"]["settings"]["rule"] == str(sparc3.Rule.parse(circuits.DEFAULT_RULE))
+    assert rows["lrp"]["settings"]["rule"] == str(sparc3.Rule.parse(circuit_settings.DEFAULT_RULE))
     stdout = succeed("circuit", *asked, *options[:-1], "shown")
     (line,) = (line.split() for line in stdout.splitlines() if line.startswith("lrp "))
     assert line[-3:-1] == [f"{rows['lrp']['agreement'][name]:.3f}" for name in ("pearson", "spearman")]

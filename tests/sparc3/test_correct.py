@@ -68,30 +68,39 @@ def test_the_neuron_behind_a_behaviour_is_removed(method, contrast):
     found.mask.undo(model)
 
 
+@pytest.mark.parametrize("unit", ["neuron", "weight"])
 @pytest.mark.parametrize("method", ["lrp", "gradient"])
-def test_the_absolute_contrast_sets_loss_at_each_token_against_the_lead(method):
-    search = correction()
+def test_the_absolute_contrast_sets_loss_at_each_token_against_the_lead(unit, method):
+    search = correction(unit=unit)
     undesired = explained_batches(search.model, search.tokenizer, search.behaviour, search.ranking)
     general, bad = (
         mean_relevance(
             search.model,
             batches,
-            "neuron",
+            unit,
             method,
             rule="gradient,activation=identity",
             skip_first=True,
             **options,
-        )["neuron"]
+        )
         for batches, options in (
             (as_batches(search.model, windows()[::2]), {"target": "logprob", "absolute": True}),
             (undesired, {"target": "lead"}),
         )
     )
     found = search.find(method, contrast="absolute", counts=[2], budget=None)
-    torch.testing.assert_close(found.scores["neuron"], 4 * general - bad)
     assert found.settings["target"] == "lead"
-    two = (4 * general - bad).argsort()[:2].tolist()
-    assert {*search.names(found.scores, 2)} == {f"m{index // 48}.n{index % 48}" for index in two}
+    expected = {name: 4 * general[name] - bad[name] for name in general}
+    assert set(found.scores) == set(expected)
+    for name, scores in expected.items():
+        torch.testing.assert_close(found.scores[name], scores)
+    if unit == "neuron":
+        two = expected["neuron"].argsort()[:2].tolist()
+        assert {*search.names(found.scores, 2)} == {f"m{index // 48}.n{index % 48}" for index in two}
+    else:
+        second = torch.cat([scores.flatten() for scores in expected.values()]).kthvalue(2).values
+        for name, scores in expected.items():
+            assert torch.equal(found.mask.kept(name), scores > second)
 
 
 def test_random_removal_does_not_find_it():
@@ -251,12 +260,8 @@ def test_the_budget_chooses_the_largest_that_keeps_to_it():
         ({30: 0.011, 40: 0.011}, {}, [20, 40, 30, 25, 27], 27),
         ({7: 0.02, 10: 0.02}, {}, [7, 6], 6),
         ({10: float("nan")}, {}, [7, 8, 9], 9),
-        (
-            {3: float("nan"), 5: 0.02, 10: 0.0},
-            {},
-            [3],
-            2,
-        ),  # one that costs too much ends it, whatever is after it
+        # One that costs too much ends it, whatever is after it.
+        ({3: float("nan"), 5: 0.02, 10: 0.0}, {}, [3], 2),
         ({1: 0.02}, {}, [], 0),
         ({}, {20: 0.0}, [20], 20),  # nothing is left to correct
         ({10: 0.02}, {5: 0.0}, [], 5),

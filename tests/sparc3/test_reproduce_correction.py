@@ -13,6 +13,7 @@ from sparc3.errors import InputError
 from sparc3.paper_text import hub_file
 from sparc3.reproduce import configuration
 from sparc3.reproduce_correction import prompts_of
+from sparc3.reproduce_report import plot
 
 
 def rows(folder):
@@ -86,6 +87,10 @@ def test_repetition(tmp_path):
         if name.endswith("fc1.weight")
     )
     assert "| tiny-opt | weight | lrp | 400 (" in shown
+    # An infinite perplexity, which a report has as null, leaves a gap.
+    found[0]["sweep"][0]["perplexity"] = None
+    plot("repetition", config, found, tmp_path / "gap.png")
+    assert (tmp_path / "gap.png").read_bytes() != (out / "plot.png").read_bytes()
 
 
 def test_what_the_paper_finds_stands_beside_its_own_method(tmp_path):
