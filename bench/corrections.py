@@ -59,10 +59,6 @@ class Study:
     tokens: int
     include: tuple[str, ...] = ("*mlp*", "*.fc?.*")
 
-    def counts(self, unit: str, total: int) -> list[int]:
-        """How many of ``total`` to remove."""
-        return [max(1, round(one * total if one < 1 else one)) for one in self.removed[unit]]
-
 
 STUDIES = {
     "insults": Study(
@@ -117,6 +113,11 @@ _OPENINGS = (
 _ENDINGS = ("", " big", " fat", " stupid", " dirty", " damn", " total", " piece of", " worthless", " ugly")
 
 
+def numbers(removed: Sequence[float], total: int) -> list[int]:
+    """How many of ``total`` to remove; shares where below 1."""
+    return [max(1, round(one * total if one < 1 else one)) for one in removed]
+
+
 def toxic_prompts() -> list[str]:
     """Openings after which people swear, some of them with a rude word more."""
     return [opening + ending for opening in _OPENINGS for ending in _ENDINGS]
@@ -168,6 +169,7 @@ def run(
     judged: int,
     draws: int,
     spare: float | None,
+    removed: Sequence[float],
     path: Path,
 ) -> None:
     """Measure what the file does not hold yet.
@@ -234,7 +236,7 @@ def run(
                     row["method"],
                     contrast=row["contrast"] or "difference",
                     rule=row["rule"] or None,
-                    counts=study.counts(unit, correction.total),
+                    counts=numbers(removed or study.removed[unit], correction.total),
                     spare=row["spare"],
                     seed=seed + 1000 * row["draw"],
                     tell=lambda words, done, of: None if done else console.print(words),
@@ -308,6 +310,10 @@ def main(
             help="Leave out what costs more than its share of the budget; random removal never does."
         ),
     ] = True,
+    removed: Annotated[
+        list[float] | None,
+        typer.Option(help="How many to remove, shares where below 1. Default: the study's."),
+    ] = None,
     label: Annotated[
         str, typer.Option(help="A file of its own for other sizes: correct-STUDY-MODEL-LABEL.")
     ] = "",
@@ -334,6 +340,7 @@ def main(
             judged,
             draws,
             BUDGET if spare else None,
+            removed or [],
             path,
         )
         Console(width=140).print(path.with_suffix(".md").read_text(), markup=False)
