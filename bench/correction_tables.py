@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from sparc3.correct import BUDGET
+from sparc3.correction_report import label_axes
 from sparc3.evaluate import mean_interval
 from sparc3.report import METHOD_COLOURS
 
@@ -116,12 +116,8 @@ def plots(data: dict[str, Any], path: Path) -> None:
                 label=f"{label}, runs: {len(same)}, up to {max(of_count)} {unit}s",
             )
         axes.axvline(BUDGET, color="black", linewidth=1, linestyle=":", label="budget")
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylim(-0.04, 1.08)
-        axes.set_xlabel("change of perplexity of general text")
-        axes.set_ylabel(f"continuations that show {data['study']}")
+        increases = [point["increase"] for row in rows for point in row["sweep"]]
+        label_axes(axes, increases, data["study"])
         axes.set_title(f"{data['model']}: {data['study']}, {unit}s removed, means over runs")
-        axes.grid(alpha=0.25)
         figure.legend(loc="outside lower center", frameon=False, fontsize=8)
         figure.savefig(path.with_name(f"{path.stem}-{unit}.png"), dpi=150)

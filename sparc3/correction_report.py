@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -112,6 +113,24 @@ def _title(report: Mapping[str, Any]) -> str:
     return title + (f" ({model['note']})" if model["note"] else "")
 
 
+def label_axes(axes: Any, increases: Sequence[float], behaviour: str) -> None:
+    """Perplexity across, logarithmic where an increase is large, and the share that shows the behaviour upwards."""
+    scale = ""
+    if any(_WIDE < increase < math.inf for increase in increases):
+        axes.set_xscale("symlog", linthresh=_LINEAR_TO)
+        # Left alone, the axis reaches as many decades below zero as above, and writes every decade.
+        largest = max(increase for increase in increases if math.isfinite(increase))
+        axes.set_xlim(min(0.0, *increases) - _LINEAR_TO, 3 * largest)
+        axes.xaxis.get_major_locator().set_params(numticks=8)
+        scale = " (logarithmic beyond 1 %)"
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:+g}%")
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    axes.set_ylim(-0.04, 1.08)
+    axes.set_xlabel("change of perplexity of general text" + scale)
+    axes.set_ylabel(f"continuations that show {behaviour}")
+    axes.grid(alpha=0.25)
+
+
 def correction_figure(report: Mapping[str, Any]) -> Figure:
     """The share that shows the behaviour against perplexity, one line a method, one point a number removed.
 
@@ -149,17 +168,9 @@ def correction_figure(report: Mapping[str, Any]) -> Figure:
     )
     if report["budget"] is not None:
         axes.axvline(report["budget"], color="black", linewidth=1, linestyle=":", label="budget")
-    scale = ""
-    if max(point["increase"] for result in report["results"] for point in result["sweep"]) > _WIDE:
-        axes.set_xscale("symlog", linthresh=_LINEAR_TO)
-        scale = " (logarithmic beyond 1 %)"
-    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:+g}%")
-    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
-    axes.set_ylim(-0.04, 1.08)
-    axes.set_xlabel("change of perplexity of general text" + scale)
-    axes.set_ylabel(f"continuations that show {report['behaviour']['name']}")
+    increases = [point["increase"] for result in report["results"] for point in result["sweep"]]
+    label_axes(axes, increases, report["behaviour"]["name"])
     axes.set_title(_title(report), fontsize=11)
-    axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     # Where a point is on the page is known from the layout alone.
     figure.draw_without_rendering()

@@ -2,18 +2,20 @@
 
 import io
 import json
+import math
 import re
 import xml.dom.minidom
 
 import pytest
 import torch
 from commands import run, saved, succeed, succeed_json
+from matplotlib.figure import Figure
 from test_correct import PROMPTS, shouting
 
 import sparc3
 from sparc3.cli_correct import _check_found
 from sparc3.correct import Found
-from sparc3.correction_report import correction_figure
+from sparc3.correction_report import correction_figure, label_axes
 from sparc3.errors import InputError
 from sparc3.mask import Mask
 from sparc3.sweep import Measured
@@ -206,3 +208,30 @@ def test_refused(room, asked, message, arguments):
 def test_other_models_have_no_prompts_of_their_own(room, asked):
     result = run("correct", "base", "--behaviour", "insults", "--general", "train.txt", "--out", "out")
     assert "no prompts that provoke insults: give a file as --undesired" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("increases", "scale"),
+    [
+        ([], "linear"),
+        ([0.1, -0.002], "linear"),
+        ([0.2, math.nan], "symlog"),
+        ([math.inf, 0.0], "linear"),
+        ([1.8e9, math.inf, -0.003], "symlog"),
+    ],
+)
+def test_a_broken_model_does_not_scale_the_others_to_nothing(increases, scale, tmp_path):
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot(increases, [0.5] * len(increases), "o")
+    label_axes(axes, increases, "loops")
+    figure.savefig(tmp_path / "plot.png")
+    assert axes.get_xscale() == scale
+    left, right = axes.get_xlim()
+    assert all(left < increase < right for increase in increases if math.isfinite(increase))
+    if scale == "symlog":
+        assert axes.get_xlabel().endswith("(logarithmic beyond 1 %)")
+        # The budget's 1 % is a good part of the axis from its left end, and few decades are written.
+        start, budget, end = axes.transData.transform([(left, 0), (0.01, 0), (right, 0)])[:, 0]
+        assert budget - start > 0.1 * (end - start)
+        assert len(axes.get_xticks()) <= 10
