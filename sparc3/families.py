@@ -31,6 +31,7 @@ class Family:
         norm: "rms" (weight), "rms+1" (1 + weight, Gemma) or "layer".
         attention: attention module of a block.
         attention_output: the linear that the heads' outputs enter.
+        attention_norm, mlp_norm: norms between what these put out and the residual stream, if any.
         mlp: module whose forward is down(act(gate) * up), or None where the MLP is plain.
         gate, up: its linears; ``up`` is None where ``gate`` holds both, gate first (Phi-3).
         mlp_output: the linear that the hidden neurons enter.
@@ -42,6 +43,8 @@ class Family:
     norm: str = "rms"
     attention: str = "self_attn"
     attention_output: str = "self_attn.o_proj"
+    attention_norm: str | None = None
+    mlp_norm: str | None = None
     mlp: str | None = "mlp"
     gate: str = "gate_proj"
     up: str | None = "up_proj"
@@ -51,7 +54,9 @@ class Family:
 
 
 _LLAMA = Family()
-_GEMMA = Family(norm="rms+1")
+_GEMMA = Family(
+    norm="rms+1", attention_norm="post_attention_layernorm", mlp_norm="post_feedforward_layernorm"
+)
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,

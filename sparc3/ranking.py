@@ -16,6 +16,9 @@ exact                d(model) - d(model without c)
 Sums run over tokens and channels (by token-abs over channels alone), d is the logit difference (sparc3.tasks), x'
 what replaces x when the component is ablated (sparc3.ablation). So scores stand for the effect of the very ablation
 that is asked for.
+Where a norm N stands between a component and the residual stream (Gemma), lrp of all but neurons is
+sum (N(y) - N(y')) g, y what enters N, y' the same with c ablated, g what comes back to N's output: by Euler's theorem
+y times the derivative of N, which no scale of y changes, is zero.
 The path goes straight from the embedded corrupted prompt to the clean one (Hanna et al. 2024, arXiv 2403.17806), here
 in 5 steps by the midpoint rule.
 """
@@ -47,7 +50,7 @@ from sparc3.rules import Rule
 from sparc3.scores import Accumulators, Scores, accumulate, attribute
 from sparc3.targets import Batch
 from sparc3.tasks import TASK_TARGETS
-from sparc3.units import Components, Site, at_sites
+from sparc3.units import Components, Site, at_norms, at_sites
 from sparc3.wrap import frozen, wrap
 
 COMPONENT_METHODS = (
@@ -176,10 +179,15 @@ def score_components(
         parsed = Rule.parse(rule if method == "lrp" else "gradient")
         shares = _midpoints() if method == "integrated-gradients" else [1.0]
         scores = torch.zeros(len(found.names), dtype=torch.float64)
+        # A neuron is a small part of what its norm sees, and there are too many to take out one by one.
+        behind = method == "lrp" and found.unit != "neuron"
+        through = {site.name: site for site in found.sites if behind and site.norm is not None}
         with wrap(model, parsed):
             for batch in batches:
                 path = None if method == "activation" else shares
-                each = _of_batch(model, found, batch, replace, target, path, reduce.startswith("token"))
+                each = _of_batch(
+                    model, found, batch, replace, target, path, reduce.startswith("token"), through
+                )
                 scores += COMPONENT_REDUCTIONS[reduce](each.double()).cpu() / samples
                 if progress is not None:
                     progress(len(batch["input_ids"]))
@@ -219,22 +227,48 @@ def _of_batch(
     target: str,
     shares: Sequence[float] | None,
     by_token: bool,
+    through: Mapping[str, Site],
 ) -> torch.Tensor:
     """(x - x') g with g the mean over ``shares`` of the path, or |x - x'| where there are none.
 
-    [B, n], summed over tokens, or [B * T, n] where each is by itself; padding has zeros.
+    [B, n], summed over tokens, or [B * T, n] where each is by itself; padding has zeros. The sites ``through`` a norm
+    have (N(y) - N(y')) g instead.
     """
     samples = len(batch["input_ids"])
-    change = {name: _wide(x) for name, x in activations(model, found, batch).items()}
-    if (instead := replace(batch)) is not None:
-        change = {name: x - instead[name] for name, x in change.items()}
+    received, instead = activations(model, found, batch), replace(batch)
+    change = {name: _wide(x) if instead is None else _wide(x) - instead[name] for name, x in received.items()}
     if shares is None:
         real = batch["attention_mask"].reshape(samples, -1, 1)
         weighted = {name: _by_sample(x.abs(), samples) * real for name, x in change.items()}
     else:
-        gradients = _gradients(model, found, batch, target, shares)
-        weighted = {name: _by_sample(x * gradients[name], samples) for name, x in change.items()}
+        gradients = _gradients(model, found, batch, target, shares, through)
+        weighted = {
+            name: _by_sample(
+                _through_norm(through[name], received[name], x, gradients[name])
+                if name in through
+                else x * gradients[name],
+                samples,
+            )
+            for name, x in change.items()
+        }
     return found.gather({name: x.flatten(0, 1) if by_token else x.sum(1) for name, x in weighted.items()})
+
+
+@torch.no_grad()
+def _through_norm(site: Site, x: torch.Tensor, change: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """(N(y) - N(y')) g of each component of a site, [..., channels]: all of it in the component's first channel.
+
+    Args:
+        x, change: [..., channels], what enters the site, and that less what replaces it.
+        gradient: [..., D] at the norm's output.
+    """
+    assert site.norm is not None
+    effects, whole = torch.zeros_like(change), site.norm(site.module(x))
+    for component in site.component.unique():
+        own = site.component == component
+        without = site.norm(site.module(x - (change * own).to(x.dtype)))
+        effects[..., own.nonzero()[0, 0]] = (_wide(whole - without) * gradient).sum(-1)
+    return effects
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -247,9 +281,17 @@ def _by_sample(x: torch.Tensor, samples: int) -> torch.Tensor:
 
 
 def _gradients(
-    model: PreTrainedModel, found: Components, batch: Batch, target: str, shares: Sequence[float]
+    model: PreTrainedModel,
+    found: Components,
+    batch: Batch,
+    target: str,
+    shares: Sequence[float],
+    through: Mapping[str, Site],
 ) -> dict[str, torch.Tensor]:
-    """Mean gradient at each site, fp32, over inputs at these shares of the way from corrupted to clean."""
+    """Mean gradient at each site, fp32, over inputs at these shares of the way from corrupted to clean.
+
+    It is that of what enters the site or, of the sites ``through`` a norm, of the norm's output.
+    """
     blocks = Blocks(model)
     total: dict[str, torch.Tensor] = {}
 
@@ -261,9 +303,11 @@ def _gradients(
         if x.requires_grad and not blocks.passing_through:
             x.register_hook(lambda gradient: add(site.name, gradient))
 
-    for share in shares:
-        with _interpolated(model, batch, share), at_sites(found, watch):
-            attribute_batch(blocks, batch, TASK_TARGETS[target])
+    plain = tuple(site for site in found.sites if site.name not in through)
+    with at_sites(Components(found.unit, found.names, plain), watch), at_norms(through.values(), watch):
+        for share in shares:
+            with _interpolated(model, batch, share):
+                attribute_batch(blocks, batch, TASK_TARGETS[target])
     return total
 
 

@@ -18,7 +18,7 @@ layer   the attention and the MLP of a block             l3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +46,7 @@ class Site:
         module: that linear.
         component: [channels] int64, indices into ``Components.names``, on the model's device.
         makers: the weights whose rows make these channels and nothing else (a neuron's gate and up); none for heads.
+        norm: what stands between the linear and the residual stream, if anything.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Site:
     module: nn.Module
     component: torch.Tensor
     makers: tuple[Prunable, ...]
+    norm: nn.Module | None
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,14 @@ def components(model: PreTrainedModel, unit: str) -> Components:
     numbers: dict[str, int] = {}
     sites: list[Site] = []
 
-    def add(layer: int, name: str, labels: Sequence[str], makers: Sequence[Prunable] = ()) -> None:
+    def add(
+        layer: int, name: str, labels: Sequence[str], norm: nn.Module | None, makers: Sequence[Prunable] = ()
+    ) -> None:
         """Split the channels of a site evenly into components of these names; one that is known takes more."""
         weight = weights[f"{name}.weight"]
         own = torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
         component = own.repeat_interleave(_inputs(weight) // len(labels)).to(weight.weight.device)
-        sites.append(Site(name, layer, weight.module, component, tuple(makers)))
+        sites.append(Site(name, layer, weight.module, component, tuple(makers), norm))
 
     for layer, block in enumerate(blocks_of(model)):
         prefix = f"{family.blocks}.{layer}"
@@ -148,7 +152,8 @@ def components(model: PreTrainedModel, unit: str) -> Components:
             "layer": [f"l{layer}"],
         }
         if unit in of_attention:
-            add(layer, f"{prefix}.{family.attention_output}", of_attention[unit])
+            norm = find(block, family.attention_norm)
+            add(layer, f"{prefix}.{family.attention_output}", of_attention[unit], norm)
         if unit in ("head", "kv-head"):
             continue
         if find(block, family.mlp_output) is None:
@@ -165,7 +170,7 @@ def components(model: PreTrainedModel, unit: str) -> Components:
             for key, weight in weights.items()
             if key.startswith(f"{prefix}.") and not key.startswith(inner)
         ]
-        add(layer, name, labels, makers)
+        add(layer, name, labels, find(block, family.mlp_norm), makers)
     return Components(unit, tuple(numbers), tuple(sites))
 
 
@@ -182,6 +187,23 @@ def at_sites(found: Components, visit: Callable[[Site, torch.Tensor], torch.Tens
         return None if changed is None else (changed, *args[1:])
 
     handles = [site.module.register_forward_pre_hook(partial(hook, site)) for site in found.sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def at_norms(sites: Iterable[Site], visit: Callable[[Site, torch.Tensor], None]) -> Iterator[None]:
+    """Within the context ``visit`` sees what leaves the norm behind each of these sites, [..., D]."""
+
+    def hook(site: Site, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        visit(site, output)
+
+    handles = [
+        site.norm.register_forward_hook(partial(hook, site)) for site in sites if site.norm is not None
+    ]
     try:
         yield
     finally:

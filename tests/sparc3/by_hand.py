@@ -27,6 +27,7 @@ def examples_of(model):
 def reference(model, example, rule="gradient", corrupted=False, share=1.0, target="difference"):
     """One example alone in fp64, with plain autograd: (d, {site: (x, gradient) [T, channels]}, {weight: gradient}).
 
+    Of norms behind a site (Gemma's) what leaves them, under the site's name and " norm".
     With a share below 1 the embeddings lie between those of the corrupted (0) and the clean prompt.
     """
     copy = deepcopy(model).double()
@@ -39,10 +40,13 @@ def reference(model, example, rule="gradient", corrupted=False, share=1.0, targe
         sites[name] = x
 
     for layer, block in enumerate(blocks_of(copy)):
-        for path in (family.attention_output, family.mlp_output):
+        ends = ((family.attention_output, family.attention_norm), (family.mlp_output, family.mlp_norm))
+        for path, behind in ends:
             module, name = find(block, path), f"{family.blocks}.{layer}.{path}"
             if module is not None:
                 module.register_forward_pre_hook(lambda m, args, name=name: keep(name, args[0]))
+            if (norm := find(block, behind)) is not None:
+                norm.register_forward_hook(lambda m, args, y, name=name: keep(f"{name} norm", y))
     clean, other = (
         torch.tensor([[words.BOS, *words.ids(text)]]) for text in (example.prompt, example.corrupted)
     )
@@ -70,7 +74,9 @@ def expected_scores(
     shares=(1.0,),
     reduce="signed",
     target="difference",
+    through_norms=False,
 ):
+    """With ``through_norms``, of sites with a norm behind them, (N(y) - N(y')) g of one component after the other."""
     rows, means = [], expected_means(model, examples) if ablation == "mean" else {}
     for example in examples:
         _, clean, _ = reference(model, example)
@@ -81,6 +87,15 @@ def expected_scores(
         for site in found.sites:
             instead = {"zero": 0, "mean": means.get(site.name), "patch": other[site.name][0]}[ablation]
             x = clean[site.name][0] - instead
+            if through_norms and site.norm is not None:
+                g = sum(one[f"{site.name} norm"][1] for one in gradients) / len(shares)
+                linear, norm = deepcopy(site.module).double(), deepcopy(site.norm).double()
+                for component in set(site.component.tolist()):
+                    without = clean[site.name][0] - x * (site.component == component)
+                    with torch.no_grad():
+                        change = norm(linear(clean[site.name][0])) - norm(linear(without))
+                    row[:, component] += (change * g).sum(-1)
+                continue
             g = sum(one[site.name][1] for one in gradients) / len(shares)
             for channel, component in enumerate(site.component.tolist()):
                 row[:, component] += x[:, channel] * g[:, channel]

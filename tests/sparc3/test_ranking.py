@@ -25,6 +25,41 @@ def test_relevance_of_components_is_activation_times_gradient_under_the_oracle(n
         close(ours, expected_scores(model, found, examples, rule, ablation))
 
 
+@pytest.mark.parametrize("ablation", ["zero", "mean", "patch"])
+@pytest.mark.parametrize("unit", ["head", "node", "layer"])
+def test_relevance_behind_a_norm_is_what_the_norm_puts_out_less_without_the_component(unit, ablation):
+    model = model_of("gemma3_text")
+    examples, found = examples_of(model), components(model, unit)
+    batches = task_batches(model, words.tokenizer(), examples)
+    for rule, reduce in (("attnlrp", "signed"), ("gradient,activation=identity", "token-abs")):
+        ours = score_components(model, found, batches, "lrp", ablation=ablation, rule=rule, reduce=reduce)
+        expected = expected_scores(model, found, examples, rule, ablation, reduce=reduce, through_norms=True)
+        close(ours, expected)
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean", "patch"])
+def test_behind_a_norm_attribution_patching_and_neurons_keep_the_derivative(ablation):
+    model = model_of("gemma3_text")
+    examples = examples_of(model)
+    batches = task_batches(model, words.tokenizer(), examples)
+    for unit, method, rule in (("head", "gradient", "gradient"), ("neuron", "lrp", "attnlrp")):
+        found = components(model, unit)
+        ours = score_components(model, found, batches, method, ablation=ablation, rule=rule)
+        close(ours, expected_scores(model, found, examples, rule, ablation))
+
+
+def test_zero_ablation_of_an_mlp_behind_a_norm_is_seen_by_relevance_and_not_by_the_derivative():
+    model = model_of("gemma3_text")
+    found = components(model, "mlp")
+    batches = task_batches(model, words.tokenizer(), examples_of(model))
+    exact = score_components(model, found, batches, "exact")
+    derivative = score_components(model, found, batches, "gradient")
+    # Euler's theorem, but for the norm's epsilon beside a mean square of y.
+    assert derivative.abs().max() < 0.05 * exact.abs().max()
+    relevance = score_components(model, found, batches, "lrp", rule="gradient")
+    assert (relevance - exact).abs().max() < (derivative - exact).abs().max()
+
+
 @pytest.mark.parametrize("reduce", ["abs", "square", "token-abs"])
 def test_reductions_are_over_samples_or_tokens_of_whole_components(reduce):
     model = model_of("llama")
