@@ -46,9 +46,8 @@ def _agreement(data: dict[str, Any]) -> list[str]:
                 [_mean(row[kind][name] for row in same) for name in _NAMES] for kind in ("heads", "mlps")
             ]
             cells = [" / ".join(map(decimals, each)) for each in means]
-            table.append(
-                (min(map(min, means)), f"| {short_rule(rule) or method} | {cells[0]} | {cells[1]} |")
-            )
+            label = f"lrp ({short_rule(rule)})" if rule else method
+            table.append((min(map(min, means)), f"| {label} | {cells[0]} | {cells[1]} |"))
         lines += [f"{line} {decimals(least)} |" for least, line in sorted(table, key=lambda pair: -pair[0])]
         lines.append("")
     return lines

@@ -180,7 +180,8 @@ def _agreement(study: Study, side: str, seed: int, ablation: str, choice: Choice
         "scores"
     ]
     rules = choice.rules or (RULES if side == "ranking" else REPORTED)
-    cases = [("integrated-gradients", None), *(("lrp", rule) for rule in rules)]
+    # Attribution patching is LRP by the rule "gradient", but behind a norm (sparc3.ranking).
+    cases = [("gradient", None), ("integrated-gradients", None), *(("lrp", rule) for rule in rules)]
     for method, rule in cases:
         if method in (choice.methods or (method,)):
             study.rows.measure(
