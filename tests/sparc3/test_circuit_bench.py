@@ -119,13 +119,14 @@ def test_agreement_is_of_means_over_seeds(results):
     circuits.main("agreement", ["tiny-llama"], **options)
     data, text = read(results, "agreement")
     assert [(row["method"], row["seed"]) for row in data["rows"]] == [
-        (method, seed) for seed in (0, 1) for method in ("exact", "integrated-gradients", "lrp")
+        (method, seed) for seed in (0, 1) for method in ("exact", "gradient", "integrated-gradients", "lrp")
     ]
     circuits.main("agreement", ["tiny-llama"], **options)
     assert read(results, "agreement") == (data, text)
 
     scores = {(row["method"], row["seed"]): np.array(row["scores"]) for row in data["rows"]}
-    for method, name in (("lrp", "attnlrp"), ("integrated-gradients", "integrated-gradients")):
+    names = {"lrp": "lrp (attnlrp)", "gradient": "gradient", "integrated-gradients": "integrated-gradients"}
+    for method, name in names.items():
         means = []
         # Four blocks of four heads and an MLP.
         for is_mlp in (False, True):
