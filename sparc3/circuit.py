@@ -7,7 +7,8 @@
 
 What is kept is ranked on the task's ranking examples; everything else is measured on its judging examples, see
 sparc3.faithfulness. The empty circuit has everything ablated that is ranked. Where no one rule of LRP is best for all
-models (sparc3.circuit_settings), the one is taken whose circuit of the ranking examples themselves is the smallest.
+models (sparc3.circuit_settings), the one is taken, or the mean of two, whose circuit of the ranking examples themselves
+is the smallest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,7 +26,14 @@ from sparc3_kernels.select import count_bits, pack_bits
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.ablation import ablated_differences, differences, masked_differences, replacement
-from sparc3.circuit_settings import check_circuit_settings, default_rules, default_settings
+from sparc3.circuit_settings import (
+    AND,
+    check_circuit_settings,
+    default_rules,
+    default_settings,
+    parse_rules,
+    rule_name,
+)
 from sparc3.engine import model_inputs
 from sparc3.errors import InputError
 from sparc3.faithfulness import FRACTIONS, GOAL, Point, areas, faithfulness, sparsest
@@ -147,7 +156,8 @@ class Search:
         Args:
             method: sparc3.ranking.COMPONENT_METHODS or, for weights, WEIGHT_METHODS.
             by: rank by "magnitude", or by signed "value" (what works against the task goes first).
-            rule: for lrp; None: the best of ``default_rules`` on the ranking examples.
+            rule: for lrp, or several with "+" between them, whose scores are averaged, each divided by its sum; None:
+                the best of ``default_rules`` on the ranking examples.
             target: what lrp and the gradients explain, of sparc3.tasks.TASK_TARGETS.
             reduce: how samples are reduced by lrp and the gradients: signed | abs | square (weights: token-square
                 too, and integrated gradients always signed); None: ``default_settings``.
@@ -173,7 +183,7 @@ class Search:
         tell(f"{method}: scoring{f' by {len(rules)} rules' if compares else ''}")
         if not compares:
             scores = self._scores(method, rules[0], target, reduce, seed)
-            settings |= {"rule": str(Rule.parse(rules[0]))} if method == "lrp" else {}
+            settings |= {"rule": rule_name(rules[0])} if method == "lrp" else {}
         else:
             scores, settings = self._best_of(rules, settings)
         seconds = time.perf_counter() - start
@@ -277,6 +287,11 @@ class Search:
         self, method: str, rule: str | Rule, target: str, reduce: str, seed: int = 0
     ) -> torch.Tensor | Scores:
         """Of components [n], or of weights, on the ranking examples."""
+        return _mean([self._by_rule(method, one, target, reduce, seed) for one in parse_rules(rule)])
+
+    def _by_rule(
+        self, method: str, rule: Rule, target: str, reduce: str, seed: int = 0
+    ) -> torch.Tensor | Scores:
         settings: dict[str, Any] = {"rule": rule, "target": target, "reduce": reduce, "seed": seed}
         if self._components is None:
             return score_weights(self.model, self._ranking, method, **settings)
@@ -294,13 +309,14 @@ class Search:
         examples, target, reduce = self._task.ranking, settings["target"], settings["reduce"]
         # A file may have its groups one after another.
         known = Task(self._task.name, examples, examples[:: math.ceil(len(examples) / _COMPARED)])
-        names = [str(Rule.parse(rule)) for rule in rules]
+        names = [rule_name(rule) for rule in rules]
         try:
             own = Search(self.model, self._tokenizer, known, self.unit, self.ablation)
         except InputError:
             first = self._scores("lrp", rules[0], target, reduce)
             return first, settings | {"rule": names[0], "compared": {}}
-        scored = [self._scores("lrp", rule, target, reduce) for rule in rules]
+        by_rule = cache(partial(self._by_rule, "lrp", target=target, reduce=reduce))
+        scored = [_mean([by_rule(one) for one in parse_rules(rule)]) for rule in rules]
         shares = [own._smallest(scores, settings).kept / self.total for scores in scored]
         best = shares.index(min(shares))
         compared = dict(zip(names, shares, strict=True))
@@ -342,3 +358,27 @@ class Search:
             (values > 0).double().mean().item(),
             faithfulness(mean, self._full, self._empty),
         )
+
+
+def _mean(each: Sequence[torch.Tensor | Scores]) -> torch.Tensor | Scores:
+    """Scores of several rules, each divided by the sum of its |scores|, averaged; of one rule as they are."""
+    first = each[0]
+    if len(each) == 1:
+        return first
+    if isinstance(first, torch.Tensor):
+        return torch.stack([one / one.abs().sum() for one in each if isinstance(one, torch.Tensor)]).mean(0)
+    found = [one for one in each if isinstance(one, Scores)]
+    totals = [sum(_size(tensor) for tensor in one.tensors.values()) for one in found]
+    tensors = {
+        name: torch.stack([one.tensors[name] / total for one, total in zip(found, totals, strict=True)]).mean(
+            0
+        )
+        for name in first.tensors
+    }
+    rule = f" {AND} ".join(str(one.settings["rule"]) for one in found)
+    return replace(first, tensors=tensors, settings=first.settings | {"rule": rule})
+
+
+def _size(scores: torch.Tensor) -> float:
+    # -inf marks weights that are zero.
+    return scores.where(scores.isfinite(), 0.0).double().abs().sum().item()

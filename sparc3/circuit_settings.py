@@ -21,11 +21,15 @@ _IDENTITY = "gradient,activation=identity"
 _CONSTANTS = "gradient,norm=constant,activation=identity,attention=half"
 
 
+# Between rules whose scores are averaged, as in "attnlrp + gradient".
+AND = "+"
+
+
 def default_rules(unit: str, ablation: str) -> tuple[str, ...]:
     """The rules of LRP that are compared on ranking examples where none is asked for: see docs/circuits.md."""
     first = default_settings(unit, ablation)["rule"]
     if unit == "weight":
-        return first, _IDENTITY
+        return first, _IDENTITY, f"{first} {AND} {_IDENTITY}"
     if unit == "neuron" and ablation == "zero":
         return first, _CONSTANTS
     return (first,)
@@ -57,8 +61,8 @@ def check_circuit_settings(
     if by not in RANKINGS:
         raise InputError(f"ranking {by!r} is not known; use {' | '.join(RANKINGS)}")
     check_task_target(target)
+    rules = parse_rules(rule)
     if unit != "weight":
-        Rule.parse(rule)
         check_component_settings(unit, method, ablation, reduce)
         return
     if method not in WEIGHT_METHODS:
@@ -68,7 +72,18 @@ def check_circuit_settings(
         raise InputError(
             f"weights are ablated by zero alone, not by {ablation!r}: they are the same for any prompt"
         )
-    check_settings("gradient" if method == "integrated-gradients" else method, rule=rule, reduce=reduce)
+    for one in rules:
+        check_settings("gradient" if method == "integrated-gradients" else method, rule=one, reduce=reduce)
+
+
+def parse_rules(text: str | Rule) -> tuple[Rule, ...]:
+    """One rule, or several with ``AND`` between them, whose scores are averaged."""
+    return (text,) if isinstance(text, Rule) else tuple(map(Rule.parse, text.split(AND)))
+
+
+def rule_name(rule: str | Rule) -> str:
+    """Rules as they are reported."""
+    return f" {AND} ".join(map(str, parse_rules(rule)))
 
 
 def compared(settings: Mapping[str, Any]) -> str:

@@ -72,9 +72,9 @@ def circuit(
     rule: Annotated[
         str | None,
         typer.Option(
-            help="LRP rule: attnlrp | cp | gradient, or choices such as gradient,norm=constant. Default: what "
-            "was best for the unit; of two for weights and for neurons ablated by zero, the better on the ranking "
-            "examples."
+            help="LRP rule: attnlrp | cp | gradient, or choices such as gradient,norm=constant; with + between "
+            "several, the mean of their scores. Default: what was best for the unit; for weights and for neurons "
+            "ablated by zero, the best of some on the ranking examples."
         ),
     ] = None,
     target: Annotated[
@@ -119,7 +119,7 @@ def circuit(
     """
     from sparc3.circuit import Search
     from sparc3.circuit_page import sample_rows, write_circuit
-    from sparc3.circuit_settings import check_circuit_settings, default_settings
+    from sparc3.circuit_settings import check_circuit_settings, default_settings, parse_rules
     from sparc3.export import check_new, new_folder
     from sparc3.models import BUNDLED
     from sparc3.tasks import load_task
@@ -129,7 +129,7 @@ def circuit(
     methods = list(dict.fromkeys([method, *console.words(compare)]))
     defaults = default_settings(unit, ablation)
     # Defaults were chosen for components; tokens are coloured as sparc3 explain does it.
-    token_rule = rule or "attnlrp"
+    token_rule = rule if rule and len(parse_rules(rule)) == 1 else "attnlrp"
     reduce = reduce or defaults["reduce"]
     for name in methods:
         check_circuit_settings(unit, name, ablation, by, rule or defaults["rule"], reduce, target)

@@ -154,24 +154,51 @@ def test_the_rule_is_the_one_whose_circuit_of_the_ranking_examples_is_the_smalle
     # Every second of 24, as a file may have its groups one after another.
     known = Search(model, words.tokenizer(), Task(task.name, task.ranking, task.ranking[::2]), unit)
     shares = [known.find("lrp", rule=rule).sparsest.kept / known.total for rule in rules]
-    assert len(set(shares)) == len(rules) == 2
+    assert len(set(shares)) == len(rules) == {"weight": 3, "neuron": 2}[unit]
     search, told = Search(model, words.tokenizer(), task, unit), []
     circuit = search.find("lrp", tell=told.append)
-    names = [str(sparc3.Rule.parse(rule)) for rule in rules]
+    names = [" + ".join(str(sparc3.Rule.parse(one)) for one in rule.split("+")) for rule in rules]
     assert circuit.settings["compared"] == dict(zip(names, shares, strict=True))
     best = rules[shares.index(min(shares))]
     expected = search.find("lrp", rule=best)
     assert "compared" not in expected.settings
     assert circuit.settings["rule"] == expected.settings["rule"]
     assert (circuit.curve, circuit.sparsest) == (expected.curve, expected.sparsest)
-    assert told[0] == "lrp: scoring by 2 rules"
+    assert told[0] == f"lrp: scoring by {len(rules)} rules"
     # The first of equals.
     assert rules[0] == default_settings(unit, "zero")["rule"]
     monkeypatch.setattr(circuits, "GOAL", 0.0)
     tied = Search(model, words.tokenizer(), task, unit).find("lrp").settings
     smallest = 1 - math.floor(0.999 * search.total + 0.5) / search.total
-    assert list(tied["compared"].values()) == pytest.approx([smallest, smallest], abs=1e-12)
+    assert list(tied["compared"].values()) == pytest.approx([smallest] * len(rules), abs=1e-12)
     assert tied["rule"] == names[0]
+
+
+@pytest.mark.parametrize("unit", ["weight", "head"])
+def test_scores_of_several_rules_are_averaged_each_over_its_sum(unit):
+    model = model_of("llama")
+    zero = prunable(model)["model.layers.1.mlp.down_proj.weight"].weight
+    zero.data[2, 5] = 0
+    search = Search(model, words.tokenizer(), letters.task(model), unit)
+    found = search.find("lrp", rule="attnlrp+gradient,norm=constant", reduce="signed")
+    assert found.settings["rule"] == " + ".join(
+        str(sparc3.Rule.parse(rule)) for rule in ("attnlrp", "gradient,norm=constant")
+    )
+    expected = 0.0
+    for rule in ("attnlrp", "gradient,norm=constant"):
+        scores = search.find("lrp", rule=rule, reduce="signed").scores
+        if unit == "weight":
+            scores = torch.cat([tensor.flatten() for tensor in scores.tensors.values()])
+        scores = scores.double()
+        expected = expected + scores / scores[scores.isfinite()].abs().sum() / 2
+    ours = found.scores
+    if unit == "weight":
+        assert ours.tensors["model.layers.1.mlp.down_proj.weight"][2, 5] == -torch.inf
+        assert ours.settings["rule"] == found.settings["rule"]
+        ours = torch.cat([tensor.flatten() for tensor in ours.tensors.values()]).double()
+    # fp32: three roundings of 2^-24, of sums that may cancel relative to the largest score.
+    largest = expected[expected.isfinite()].abs().max().item()
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6 * largest)
 
 
 def test_ranking_examples_that_the_model_gets_wrong_compare_no_rules():
@@ -309,6 +336,7 @@ def test_a_unit_that_the_task_does_not_need_is_said_so():
         (("neuron", "exact"), "exact ablation runs the model once for every component"),
         (("head", "lrp", "swap"), "ablation 'swap' is not known; use zero | mean | patch"),
         (("head", "lrp", "zero", "size"), "ranking 'size' is not known; use magnitude | value"),
+        (("weight", "lrp", "zero", "value", "attnlrp + x"), "rule 'x' is not known"),
         (("head", "lrp", "zero", "value", "gradient", "signed", "loss"), "target 'loss' is not known"),
         (("head", "lrp", "zero", "value", "lxt"), "rule 'lxt' is not known"),
         (
