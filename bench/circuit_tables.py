@@ -200,7 +200,7 @@ def _mean(values: Iterable[float | None]) -> float:
 
 
 def short_rule(rule: str | None) -> str:
-    """A rule by the choices that are not the gradient's."""
-    if rule is None:
-        return ""
-    return ", ".join(word for word in rule.split(",") if not word.endswith("=gradient")) or "gradient"
+    """A rule, or several with " + " between them, by the choices that are not the gradient's."""
+    each = [one.split(",") for one in rule.split(" + ")] if rule else []
+    chosen = ([word for word in words if not word.endswith("=gradient")] for words in each)
+    return " + ".join(", ".join(words) or "gradient" for words in chosen)

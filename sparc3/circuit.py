@@ -7,8 +7,8 @@
 
 What is kept is ranked on the task's ranking examples; everything else is measured on its judging examples, see
 sparc3.faithfulness. The empty circuit has everything ablated that is ranked. Where no one rule of LRP is best for all
-models (sparc3.circuit_settings), the one is taken, or the mean of two, whose circuit of the ranking examples themselves
-is the smallest.
+models (sparc3.circuit_settings), the one, or the mean of two, is taken whose circuit of the ranking examples is the
+smallest.
 """
 
 from __future__ import annotations
