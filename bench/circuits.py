@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from sparc3.ablation import differences, masked_differences
 from sparc3.agreement import agreement
 from sparc3.circuit import Search
-from sparc3.circuit_settings import default_settings
+from sparc3.circuit_settings import DEFAULT_RULE
 from sparc3.ranking import score_components, score_weights
 from sparc3.report import as_json, versions
 from sparc3.scores import Scores
@@ -221,10 +221,9 @@ SHARES = (0.24, 0.32, 0.4, 0.5)
 
 def run_weights(study: Study, choice: Choice) -> None:
     """Circuits of weights that are ranked within different parts, on development examples."""
-    default = default_settings("weight", "zero")["rule"]
     cases = [
         ("lrp", rule, reduce)
-        for rule in choice.rules or (default,)
+        for rule in choice.rules or (DEFAULT_RULE,)
         for reduce in choice.reductions or REDUCTIONS
     ]
     cases += [("gradient", "", reduce) for reduce in choice.reductions or REDUCTIONS]

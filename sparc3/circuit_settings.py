@@ -29,7 +29,7 @@ def default_rules(unit: str, ablation: str) -> tuple[str, ...]:
     """The rules of LRP that are compared on ranking examples where none is asked for: see docs/circuits.md."""
     first = default_settings(unit, ablation)["rule"]
     if unit == "weight":
-        return first, _IDENTITY, f"{first} {AND} {_IDENTITY}"
+        return first, DEFAULT_RULE, _IDENTITY
     if unit == "neuron" and ablation == "zero":
         return first, _CONSTANTS
     return (first,)
@@ -38,7 +38,7 @@ def default_rules(unit: str, ablation: str) -> tuple[str, ...]:
 def default_settings(unit: str, ablation: str) -> dict[str, str]:
     """{"rule", "reduce"} of LRP: see docs/circuits.md; of ``default_rules`` the first."""
     if unit == "weight":
-        return {"rule": DEFAULT_RULE, "reduce": "square"}
+        return {"rule": f"{DEFAULT_RULE} {AND} {_IDENTITY}", "reduce": "square"}
     if unit == "neuron" and ablation == "zero":
         return {"rule": _IDENTITY, "reduce": "abs"}
     if unit in ("head", "kv-head") and ablation != "mean":
