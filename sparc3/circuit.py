@@ -181,11 +181,15 @@ class Search:
         start = time.perf_counter()
         compares = method == "lrp" and len(rules) > 1
         tell(f"{method}: scoring{f' by {len(rules)} rules' if compares else ''}")
-        if not compares:
-            scores = self._scores(method, rules[0], target, reduce, seed)
-            settings |= {"rule": rule_name(rules[0])} if method == "lrp" else {}
-        else:
+        if compares:
             scores, settings = self._best_of(rules, settings)
+        elif method == "lrp":
+            scores, settings = (
+                self._by_rules(rules[0], target, reduce),
+                settings | {"rule": rule_name(rules[0])},
+            )
+        else:
+            scores = self._scores(method, Rule(), target, reduce, seed)
         seconds = time.perf_counter() - start
         tell(f"{method}: measuring")
         curve = self.measure(scores, settings, FRACTIONS)
@@ -283,15 +287,14 @@ class Search:
             rows[block]["of"] += total
         return list(rows.values())
 
-    def _scores(
-        self, method: str, rule: str | Rule, target: str, reduce: str, seed: int = 0
-    ) -> torch.Tensor | Scores:
-        """Of components [n], or of weights, on the ranking examples."""
-        return _mean([self._by_rule(method, one, target, reduce, seed) for one in parse_rules(rule)])
+    def _by_rules(self, rule: str | Rule, target: str, reduce: str) -> torch.Tensor | Scores:
+        """LRP by one rule, or the mean of several."""
+        return _mean([self._scores("lrp", one, target, reduce) for one in parse_rules(rule)])
 
-    def _by_rule(
+    def _scores(
         self, method: str, rule: Rule, target: str, reduce: str, seed: int = 0
     ) -> torch.Tensor | Scores:
+        """Of components [n], or of weights, on the ranking examples."""
         settings: dict[str, Any] = {"rule": rule, "target": target, "reduce": reduce, "seed": seed}
         if self._components is None:
             return score_weights(self.model, self._ranking, method, **settings)
@@ -313,9 +316,9 @@ class Search:
         try:
             own = Search(self.model, self._tokenizer, known, self.unit, self.ablation)
         except InputError:
-            first = self._scores("lrp", rules[0], target, reduce)
+            first = self._by_rules(rules[0], target, reduce)
             return first, settings | {"rule": names[0], "compared": {}}
-        by_rule = cache(partial(self._by_rule, "lrp", target=target, reduce=reduce))
+        by_rule = cache(partial(self._scores, "lrp", target=target, reduce=reduce))
         scored = [_mean([by_rule(one) for one in parse_rules(rule)]) for rule in rules]
         shares = [own._smallest(scores, settings).kept / self.total for scores in scored]
         best = shares.index(min(shares))
