@@ -184,10 +184,8 @@ class Search:
         if compares:
             scores, settings = self._best_of(rules, settings)
         elif method == "lrp":
-            scores, settings = (
-                self._by_rules(rules[0], target, reduce),
-                settings | {"rule": rule_name(rules[0])},
-            )
+            scores = self._by_rules(rules[0], target, reduce)
+            settings |= {"rule": rule_name(rules[0])}
         else:
             scores = self._scores(method, Rule(), target, reduce, seed)
         seconds = time.perf_counter() - start

@@ -148,6 +148,10 @@ def test_rules_that_are_compared_are_said_with_what_they_needed(room, asked):
     assert circuit_settings.compared({"compared": {}}).startswith("not compared")
     asked_for = succeed("circuit", *asked, "--unit", "neuron", "--rule", "attnlrp", "--out", "one")
     assert "by rule" not in asked_for
+    both = succeed_json("circuit", *asked, "--unit", "neuron", "--rule", "attnlrp+gradient", "--out", "both")
+    assert both["results"][0]["settings"]["rule"] == "attnlrp + gradient"
+    # Tokens are explained by one rule.
+    assert both["task"]["token_rule"] == "attnlrp"
 
 
 def test_scores_agree_with_exact_ablation_where_it_is_compared(room, asked):
