@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparc3.circuit_settings import AND
 from sparc3.evaluate import mean_interval
 from sparc3.report import decimals, plot_faithfulness
 
@@ -200,7 +201,7 @@ def _mean(values: Iterable[float | None]) -> float:
 
 
 def short_rule(rule: str | None) -> str:
-    """A rule, or several with " + " between them, by the choices that are not the gradient's."""
-    each = [one.split(",") for one in rule.split(" + ")] if rule else []
+    """A rule, or several that are averaged, by the choices that are not the gradient's."""
+    each = [one.strip().split(",") for one in rule.split(AND)] if rule else []
     chosen = ([word for word in words if not word.endswith("=gradient")] for words in each)
     return " + ".join(", ".join(words) or "gradient" for words in chosen)

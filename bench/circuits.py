@@ -180,8 +180,10 @@ def _agreement(study: Study, side: str, seed: int, ablation: str, choice: Choice
         "scores"
     ]
     rules = choice.rules or (RULES if side == "ranking" else REPORTED)
-    # Attribution patching is LRP by the rule "gradient", but behind a norm (sparc3.ranking).
-    cases = [("gradient", None), ("integrated-gradients", None), *(("lrp", rule) for rule in rules)]
+    cases = [("integrated-gradients", None), *(("lrp", rule) for rule in rules)]
+    if any(site.norm is not None for site in found.sites):
+        # Elsewhere attribution patching is LRP by the rule "gradient" (sparc3.ranking).
+        cases.insert(0, ("gradient", None))
     for method, rule in cases:
         if method in (choice.methods or (method,)):
             study.rows.measure(
@@ -307,7 +309,9 @@ def main(
     method: Annotated[list[str] | None, typer.Option(help="lrp | gradient ...; all if none")] = None,
     rule: Annotated[
         list[str] | None,
-        typer.Option(help="Of lrp; the reported, all or the default if none"),
+        typer.Option(
+            help="Of lrp; the reported, all or the default if none; for rules and tables + averages several"
+        ),
     ] = None,
     side: Annotated[list[str] | None, typer.Option(help="ranking | judging, for agreement")] = None,
     reduce: Annotated[

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -367,19 +367,20 @@ def _mean(each: Sequence[torch.Tensor | Scores]) -> torch.Tensor | Scores:
     if len(each) == 1:
         return first
     if isinstance(first, torch.Tensor):
-        return torch.stack([one / one.abs().sum() for one in each if isinstance(one, torch.Tensor)]).mean(0)
+        tensors = [one for one in each if isinstance(one, torch.Tensor)]
+        return _mean_of(tensors, [_size([one]) for one in tensors])
     found = [one for one in each if isinstance(one, Scores)]
-    totals = [sum(_size(tensor) for tensor in one.tensors.values()) for one in found]
-    tensors = {
-        name: torch.stack([one.tensors[name] / total for one, total in zip(found, totals, strict=True)]).mean(
-            0
-        )
-        for name in first.tensors
-    }
+    sizes = [_size(one.tensors.values()) for one in found]
+    averaged = {name: _mean_of([one.tensors[name] for one in found], sizes) for name in first.tensors}
     rule = f" {AND} ".join(str(one.settings["rule"]) for one in found)
-    return replace(first, tensors=tensors, settings=first.settings | {"rule": rule})
+    return replace(first, tensors=averaged, settings=first.settings | {"rule": rule})
 
 
-def _size(scores: torch.Tensor) -> float:
-    # -inf marks weights that are zero.
-    return scores.where(scores.isfinite(), 0.0).double().abs().sum().item()
+def _mean_of(each: Sequence[torch.Tensor], sizes: Sequence[float]) -> torch.Tensor:
+    return torch.stack([one / size for one, size in zip(each, sizes, strict=True)]).mean(0)
+
+
+def _size(tensors: Iterable[torch.Tensor]) -> float:
+    # -inf marks weights that are zero; where all scores are, they stay so.
+    sums = (one.masked_fill(one.isinf(), 0.0).abs().sum(dtype=torch.float64).item() for one in tensors)
+    return sum(sums) or 1.0

@@ -27,10 +27,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from sparc3.ablation import (
@@ -50,7 +52,7 @@ from sparc3.rules import Rule
 from sparc3.scores import Accumulators, Scores, accumulate, attribute
 from sparc3.targets import Batch
 from sparc3.tasks import TASK_TARGETS
-from sparc3.units import Components, Site, at_norms, at_sites
+from sparc3.units import Components, Site, at_outputs, at_sites
 from sparc3.wrap import frozen, wrap
 
 COMPONENT_METHODS = (
@@ -181,7 +183,7 @@ def score_components(
         scores = torch.zeros(len(found.names), dtype=torch.float64)
         # A neuron is a small part of what its norm sees, and there are too many to take out one by one.
         behind = method == "lrp" and found.unit != "neuron"
-        through = {site.name: site for site in found.sites if behind and site.norm is not None}
+        through = {site.name: site.norm for site in found.sites if behind and site.norm is not None}
         with wrap(model, parsed):
             for batch in batches:
                 path = None if method == "activation" else shares
@@ -227,12 +229,12 @@ def _of_batch(
     target: str,
     shares: Sequence[float] | None,
     by_token: bool,
-    through: Mapping[str, Site],
+    through: Mapping[str, nn.Module],
 ) -> torch.Tensor:
     """(x - x') g with g the mean over ``shares`` of the path, or |x - x'| where there are none.
 
-    [B, n], summed over tokens, or [B * T, n] where each is by itself; padding has zeros. The sites ``through`` a norm
-    have (N(y) - N(y')) g instead.
+    [B, n], summed over tokens, or [B * T, n] where each is by itself; padding has zeros. Sites ``through`` a norm
+    have what ``through_norm`` says instead.
     """
     samples = len(batch["input_ids"])
     received, instead = activations(model, found, batch), replace(batch)
@@ -242,32 +244,38 @@ def _of_batch(
         weighted = {name: _by_sample(x.abs(), samples) * real for name, x in change.items()}
     else:
         gradients = _gradients(model, found, batch, target, shares, through)
-        weighted = {
-            name: _by_sample(
-                _through_norm(through[name], received[name], x, gradients[name])
-                if name in through
-                else x * gradients[name],
-                samples,
-            )
-            for name, x in change.items()
-        }
+        effects = {name: x * gradients[name] for name, x in change.items() if name not in through}
+        for site in found.sites:
+            if site.name in through:
+                effects[site.name] = through_norm(
+                    *(through[site.name], site),
+                    *(values[site.name] for values in (received, change, gradients)),
+                )
+        weighted = {name: _by_sample(x, samples) for name, x in effects.items()}
     return found.gather({name: x.flatten(0, 1) if by_token else x.sum(1) for name, x in weighted.items()})
 
 
 @torch.no_grad()
-def _through_norm(site: Site, x: torch.Tensor, change: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """(N(y) - N(y')) g of each component of a site, [..., channels]: all of it in the component's first channel.
+def through_norm(
+    norm: nn.Module, site: Site, x: torch.Tensor, change: torch.Tensor, gradient: torch.Tensor
+) -> torch.Tensor:
+    """(N(y) - N(y')) g of each component of a site: what the norm puts out, less what it does without the component.
 
     Args:
+        norm: N, behind the site's linear.
         x, change: [..., channels], what enters the site, and that less what replaces it.
-        gradient: [..., D] at the norm's output.
+        gradient: [..., D] fp32, at the norm's output.
+
+    Returns:
+        [..., channels] fp32, all of a component in its first channel.
     """
-    assert site.norm is not None
-    effects, whole = torch.zeros_like(change), site.norm(site.module(x))
+    y, weight = _wide(site.module(x)), site.module.get_parameter("weight")
+    effects, whole = torch.zeros_like(change), norm(y)
     for component in site.component.unique():
         own = site.component == component
-        without = site.norm(site.module(x - (change * own).to(x.dtype)))
-        effects[..., own.nonzero()[0, 0]] = (_wide(whole - without) * gradient).sum(-1)
+        # In 16 bits y without it would be lost in the rounding of y.
+        gone = _wide(F.linear(change[..., own].to(weight.dtype), weight[:, own]))
+        effects[..., own.nonzero()[0, 0]] = ((whole - norm(y - gone)) * gradient).sum(-1)
     return effects
 
 
@@ -286,11 +294,11 @@ def _gradients(
     batch: Batch,
     target: str,
     shares: Sequence[float],
-    through: Mapping[str, Site],
+    through: Mapping[str, nn.Module],
 ) -> dict[str, torch.Tensor]:
     """Mean gradient at each site, fp32, over inputs at these shares of the way from corrupted to clean.
 
-    It is that of what enters the site or, of the sites ``through`` a norm, of the norm's output.
+    It is that of what enters the site or, of sites ``through`` a norm, of the norm's output.
     """
     blocks = Blocks(model)
     total: dict[str, torch.Tensor] = {}
@@ -299,12 +307,15 @@ def _gradients(
         share = _wide(gradient) / len(shares)
         total[name] = total[name] + share if name in total else share
 
-    def watch(site: Site, x: torch.Tensor) -> None:
+    def watch(name: str, x: torch.Tensor) -> None:
         if x.requires_grad and not blocks.passing_through:
-            x.register_hook(lambda gradient: add(site.name, gradient))
+            x.register_hook(partial(add, name))
 
-    plain = tuple(site for site in found.sites if site.name not in through)
-    with at_sites(Components(found.unit, found.names, plain), watch), at_norms(through.values(), watch):
+    def watch_site(site: Site, x: torch.Tensor) -> None:
+        if site.name not in through:
+            watch(site.name, x)
+
+    with at_sites(found, watch_site), at_outputs(through, watch):
         for share in shares:
             with _interpolated(model, batch, share):
                 attribute_batch(blocks, batch, TASK_TARGETS[target])

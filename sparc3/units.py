@@ -18,7 +18,7 @@ layer   the attention and the MLP of a block             l3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -195,15 +195,15 @@ def at_sites(found: Components, visit: Callable[[Site, torch.Tensor], torch.Tens
 
 
 @contextmanager
-def at_norms(sites: Iterable[Site], visit: Callable[[Site, torch.Tensor], None]) -> Iterator[None]:
-    """Within the context ``visit`` sees what leaves the norm behind each of these sites, [..., D]."""
+def at_outputs(
+    modules: Mapping[str, nn.Module], visit: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Within the context ``visit`` sees what leaves each of these modules, by its name."""
 
-    def hook(site: Site, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        visit(site, output)
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        visit(name, output)
 
-    handles = [
-        site.norm.register_forward_hook(partial(hook, site)) for site in sites if site.norm is not None
-    ]
+    handles = [module.register_forward_hook(partial(hook, name)) for name, module in modules.items()]
     try:
         yield
     finally:

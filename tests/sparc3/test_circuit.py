@@ -196,9 +196,15 @@ def test_scores_of_several_rules_are_averaged_each_over_its_sum(unit):
         assert ours.tensors["model.layers.1.mlp.down_proj.weight"][2, 5] == -torch.inf
         assert ours.settings["rule"] == found.settings["rule"]
         ours = torch.cat([tensor.flatten() for tensor in ours.tensors.values()]).double()
-    # fp32: three roundings of 2^-24, of sums that may cancel relative to the largest score.
+    # fp32: two divisions, a sum and a half, each 2^-24 of a term, which may cancel: of the largest score.
     largest = expected[expected.isfinite()].abs().max().item()
-    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6 * largest)
+    torch.testing.assert_close(ours, expected, rtol=4 * 2.0**-24, atol=4 * 2.0**-24 * largest)
+
+
+def test_rules_that_see_nothing_leave_their_mean_to_the_others():
+    scores = [torch.tensor([0.0, 0.0, -0.0]), torch.tensor([1.0, -3.0, 0.0])]
+    assert circuits._mean(scores).tolist() == [0.125, -0.375, 0.0]
+    assert circuits._mean(scores[:1] * 2).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_ranking_examples_that_the_model_gets_wrong_compare_no_rules():

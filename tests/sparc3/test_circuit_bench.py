@@ -119,14 +119,13 @@ def test_agreement_is_of_means_over_seeds(results):
     circuits.main("agreement", ["tiny-llama"], **options)
     data, text = read(results, "agreement")
     assert [(row["method"], row["seed"]) for row in data["rows"]] == [
-        (method, seed) for seed in (0, 1) for method in ("exact", "gradient", "integrated-gradients", "lrp")
+        (method, seed) for seed in (0, 1) for method in ("exact", "integrated-gradients", "lrp")
     ]
     circuits.main("agreement", ["tiny-llama"], **options)
     assert read(results, "agreement") == (data, text)
 
     scores = {(row["method"], row["seed"]): np.array(row["scores"]) for row in data["rows"]}
-    names = {"lrp": "lrp (attnlrp)", "gradient": "gradient", "integrated-gradients": "integrated-gradients"}
-    for method, name in names.items():
+    for method, name in (("lrp", "lrp (attnlrp)"), ("integrated-gradients", "integrated-gradients")):
         means = []
         # Four blocks of four heads and an MLP.
         for is_mlp in (False, True):
@@ -142,3 +141,17 @@ def test_agreement_is_of_means_over_seeds(results):
             means.append(np.mean(each, axis=0))
         shown = [" / ".join("-" if np.isnan(value) else f"{value:.3f}" for value in mean) for mean in means]
         assert cells(text, name)[:2] == shown
+
+
+def test_rules_are_named_by_what_is_not_the_gradients():
+    for text, name in (
+        (None, ""),
+        ("norm=gradient,activation=gradient", "gradient"),
+        ("norm=constant,activation=gradient", "norm=constant"),
+        (
+            "norm=constant,gate=gradient+norm=gradient,activation=identity",
+            "norm=constant + activation=identity",
+        ),
+        ("gate=half + norm=gradient", "gate=half + gradient"),
+    ):
+        assert circuit_tables.short_rule(text) == name

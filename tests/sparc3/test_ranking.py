@@ -6,11 +6,12 @@ import pytest
 import torch
 import words
 from by_hand import STEPS, close, examples_of, expected_scores, model_of, reference
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from sparc3.families import blocks_of, family_of, find, prunable
-from sparc3.ranking import score_components, score_weights
+from sparc3.ranking import score_components, score_weights, through_norm
 from sparc3.tasks import task_batches
-from sparc3.units import components
+from sparc3.units import Site, components
 
 
 @pytest.mark.parametrize("ablation", ["zero", "mean", "patch"])
@@ -26,10 +27,14 @@ def test_relevance_of_components_is_activation_times_gradient_under_the_oracle(n
 
 
 @pytest.mark.parametrize("ablation", ["zero", "mean", "patch"])
-@pytest.mark.parametrize("unit", ["head", "node", "layer"])
+@pytest.mark.parametrize("unit", ["head", "kv-head", "node", "layer"])
 def test_relevance_behind_a_norm_is_what_the_norm_puts_out_less_without_the_component(unit, ablation):
     model = model_of("gemma3_text")
     examples, found = examples_of(model), components(model, unit)
+    behind = {site.name.split(".")[3]: site.norm for site in found.sites if site.layer == 1}
+    block = blocks_of(model)[1]
+    norms = {"self_attn": block.post_attention_layernorm, "mlp": block.post_feedforward_layernorm}
+    assert behind == {name: norms[name] for name in behind}
     batches = task_batches(model, words.tokenizer(), examples)
     for rule, reduce in (("attnlrp", "signed"), ("gradient,activation=identity", "token-abs")):
         ours = score_components(model, found, batches, "lrp", ablation=ablation, rule=rule, reduce=reduce)
@@ -53,11 +58,46 @@ def test_zero_ablation_of_an_mlp_behind_a_norm_is_seen_by_relevance_and_not_by_t
     found = components(model, "mlp")
     batches = task_batches(model, words.tokenizer(), examples_of(model))
     exact = score_components(model, found, batches, "exact")
+    norms = [block.post_feedforward_layernorm for block in blocks_of(model)]
+    epsilon = norms[0].eps
+    for norm in norms:
+        norm.eps = 0.0
     derivative = score_components(model, found, batches, "gradient")
-    # Euler's theorem, but for the norm's epsilon beside a mean square of y.
-    assert derivative.abs().max() < 0.05 * exact.abs().max()
+    for norm in norms:
+        norm.eps = epsilon
+    # Euler's theorem: zero but for fp32 sums of some hundred terms of the size of the gradient's.
+    assert derivative.abs().max() < 1e-4 * exact.abs().max()
     relevance = score_components(model, found, batches, "lrp", rule="gradient")
-    assert (relevance - exact).abs().max() < (derivative - exact).abs().max()
+    assert (relevance - exact).abs().max() < exact.abs().max() / 2
+
+
+def test_a_component_far_below_the_rounding_of_its_site_in_16_bits_is_seen_through_the_norm():
+    torch.manual_seed(0)
+    linear, norm = torch.nn.Linear(24, 64).bfloat16(), Gemma3RMSNorm(64).bfloat16()
+    torch.nn.init.normal_(norm.weight)
+    own = torch.arange(24) // 8
+    site = Site("o", 0, linear, own, (), norm)
+    x = torch.randn(5, 24).bfloat16()
+    x[:, own == 1] *= 2.0**-10
+    gradient = torch.randn(5, 64)
+    ours = through_norm(norm, site, x, x.float(), gradient)
+    linear, x, gradient = linear.double(), x.double(), gradient.double()
+    scale = 1 + norm.weight.double()
+
+    def normed(y):
+        return scale * y / (y.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+
+    for component in range(3):
+        without = x * (own != component)
+        expected = ((normed(linear(x)) - normed(linear(without))) * gradient).sum(-1)
+        # What the component adds to the site is rounded to 8 bits, and so is the y that it is taken from.
+        channels = (own == component).nonzero().flatten()
+        added = (linear.weight[:, channels] @ x[:, channels].T).norm(dim=0) / linear(x).square().mean(
+            -1
+        ).sqrt()
+        error = ours[:, channels[0]].double() - expected
+        assert (error.abs() < 2.0**-7 * added * (scale * gradient).norm(dim=-1)).all()
+        assert (ours[:, channels[1:]] == 0).all()
 
 
 @pytest.mark.parametrize("reduce", ["abs", "square", "token-abs"])
