@@ -29,7 +29,7 @@ def default_rules(unit: str, ablation: str) -> tuple[str, ...]:
     """The rules of LRP that are compared on ranking examples where none is asked for: see docs/circuits.md."""
     first = default_settings(unit, ablation)["rule"]
     if unit == "weight":
-        # The mean first: on development examples it needs the least, or as little as the better of the two.
+        # The mean first: on average over development seeds it needs the least of both real models' weights.
         return first, DEFAULT_RULE, _IDENTITY
     if unit == "neuron" and ablation == "zero":
         return first, _CONSTANTS
