@@ -121,9 +121,9 @@ class Seed:
 class Table:
     """One model's results file."""
 
-    def __init__(self, model_name: str, text: str, samples: int, target: Path) -> None:
+    def __init__(self, model_name: str, text: str, samples: int, dtype: str, target: Path) -> None:
         self.name, self.samples, self.target = model_name, samples, target
-        self.loaded = load_benchmark_model(model_name)
+        self.loaded = load_benchmark_model(model_name, dtype)
         tokenizer = self.loaded.tokenizer
         background = windows(tokenizer, read_documents([str(lee_background())]), LENGTH)
         order = torch.randperm(len(background), generator=torch.Generator().manual_seed(0))
@@ -138,9 +138,10 @@ class Table:
             "text": text,
             "calibration": {"windows": samples, "tokens": LENGTH},
             "judged": {"windows": len(self.judged), "tokens": LENGTH},
+            **({} if dtype == "float32" else {"dtype": dtype}),
         }
         data = json.loads(target.read_text()) if target.exists() else {}
-        same = all(data.get(key) == value for key, value in self.header.items())
+        same = all(data.get(key) == self.header.get(key) for key in (*self.header, "dtype"))
         self.rows: list[dict[str, Any]] = data["results"] if same else []
         self.dense = data["dense"] if same else perplexity(self.loaded.model, self.judged).value
 
@@ -213,10 +214,11 @@ def seeds_of(rows: list[dict[str, Any]], label: str, pattern: str) -> set[int]:
 def markdown(data: dict[str, Any]) -> str:
     """The table, how our two best stand to every other method, and what each took."""
     rows = data["results"]
+    dtype = f", in {data['dtype']}" if "dtype" in data else ""
     patterns = [pattern for pattern in PATTERNS if any(row["case"][1] == pattern for row in rows)]
     names = dict.fromkeys(label for pattern in PATTERNS for label in labels(pattern))
     lines = [
-        f"### {data['model']} ({data['note']}), {data['text']} text\n",
+        f"### {data['model']} ({data['note']}{dtype}), {data['text']} text\n",
         f"Perplexity, dense {data['dense']:.2f}; {data['calibration']['windows']} calibration windows, judged on "
         f"{data['judged']['windows']} windows of {LENGTH} tokens; geometric mean over calibration seeds, their "
         "number in brackets. Methods below the line change the weights that they keep.\n",
@@ -281,6 +283,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Run these rows alone.")] = None,
     text: str = "held-out",
     samples: int = 32,
+    dtype: Annotated[str, typer.Option(help="float32 | bfloat16, of the model for all methods.")] = "float32",
     seed: Annotated[
         list[int] | None, typer.Option(help="Draws of calibration windows; 0, 1 and 2 if none")
     ] = None,
@@ -292,7 +295,7 @@ def main(
     """Run the comparison and write its JSON and Markdown to bench/results."""
     for name in model or ["smollm2", "gemma3"]:
         suffix = "".join(f"-{word}" for word in (text if text != "held-out" else "", apart) if word)
-        table = Table(name, text, samples, RESULTS / f"peers-{Path(name).name}{suffix}.json")
+        table = Table(name, text, samples, dtype, RESULTS / f"peers-{Path(name).name}{suffix}.json")
         table.run(seed or [0, 1, 2], pattern or list(PATTERNS), only or [], busy)
         Console(width=160).print(markdown(json.loads(table.target.read_text())), markup=False)
 

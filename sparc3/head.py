@@ -1,7 +1,8 @@
 """The explained scalar and its gradient where the blocks end: through the final norm, the LM head and the target.
 
-The logits of all positions are never there at once. On a GPU the head and the target run in one op of sparc3_kernels,
-elsewhere a chunk of positions goes through the model's own code at a time.
+The logits of all positions are never there at once. A plain head and the usual targets run in one op of
+sparc3_kernels; for others, and on the reference backend, a chunk of positions goes through the model's own code at a
+time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sparc3_kernels.backend import forced
 from sparc3_kernels.lm_head import TARGETS as FUSED_TARGETS
 from sparc3_kernels.lm_head import lm_head_target
 from sparc3_kernels.triton_support import fused
@@ -71,7 +73,11 @@ def _fused(
     head: Any = blocks.model.get_output_embeddings()
     if target not in FUSED_TARGETS or type(head) is not nn.Linear or head.bias is not None:
         return None
-    if not (len(wanted) and fused(head.weight)):
+    # Whoever watches the head, as sparc3.conservation does, is to see its logits.
+    if head._forward_hooks or head._forward_pre_hooks:
+        return None
+    on_cpu = head.weight.device.type == "cpu" and forced() != "reference"
+    if not (len(wanted) and (on_cpu or fused(head.weight))):
         return None
     received: list[torch.Tensor] = []
     # What this model does to its logits (nothing, a soft-cap, a factor) shows in what it does to these.

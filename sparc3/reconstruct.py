@@ -15,7 +15,7 @@ less the more tokens there are.
 from __future__ import annotations
 
 import torch
-from sparc3_kernels.linear import linear
+from sparc3_kernels.linear import linear, multiplies_bf16
 from sparc3_kernels.select import select_flat, select_nm, select_rows, unpack_bits
 
 from sparc3.inputs import Inputs
@@ -30,6 +30,8 @@ RIDGE = 0.3
 # outputs on other text come no closer), or after so many steps.
 TOLERANCE = 1e-2
 _STEPS, _TINY = 200, 1e-30
+# Of rows solved in bf16, the largest |residual|^2 over what was asked for that is not taken further.
+_SLACK = 2.0
 _STILL_GOING = 0.8
 
 
@@ -113,7 +115,8 @@ def least_squares(
     """The kept values of one weight that come closest to the dense outputs; see the module.
 
     Every row has a system of its own, its kept columns of H. Conjugate gradients solve all rows together, one product
-    with H a step, where a factorisation would take |K|^3 / 3 operations a row.
+    with H a step, where a factorisation would take |K|^3 / 3 operations a row. Where the device multiplies bf16
+    faster, H is rounded to it; the residual is then formed in fp32, and rows that are not close enough go on in fp32.
 
     Args:
         weight: [..., out, in] dense, not changed.
@@ -140,18 +143,40 @@ def least_squares(
 def _conjugate_gradients(
     old: torch.Tensor, given: torch.Tensor, gram: torch.Tensor, ridge: torch.Tensor, tolerance: float
 ) -> torch.Tensor:
-    """``least_squares`` of one [out, in]; a row that has come close enough costs no more."""
+    """``least_squares`` of one [out, in]."""
     # In units of 1 / sqrt(H_jj + lambda) the diagonal is 1, and that is all the preconditioner there is.
     unit = (gram.diagonal() + ridge).rsqrt()
     system = gram * unit
     system.mul_(unit[:, None]).fill_diagonal_(1.0)
-    scaled, kept = old / unit, given.to(old.dtype)
+    rounded = system.bfloat16() if multiplies_bf16(system.device) else None
+    kept = given.to(old.dtype)
+    gone = old / unit
+    enough = tolerance**2 * _squares(_product(gone, system if rounded is None else rounded).mul_(kept))
+    gone.mul_(1 - kept)
     # The change of the kept values, from zero: where nothing is to be mended they stay as they are, to the last bit.
-    found, values = torch.empty_like(old), torch.zeros_like(old)
-    enough = tolerance**2 * _squares(linear(scaled, system).mul_(kept))
-    residual = linear(scaled.mul_(1 - kept), system).mul_(kept)
-    step, size = residual.clone(), _squares(residual)
-    rows = torch.arange(len(old), device=old.device)
+    found = torch.zeros_like(old)
+    far = torch.ones(len(old), dtype=torch.bool, device=old.device)
+    if rounded is not None:
+        first = _product(gone, rounded).mul_(kept)
+        found = _steps(rounded, kept, first, enough)
+        left = _squares(linear(gone - found, system).mul_(kept))
+        far = ~(left <= _SLACK * enough).squeeze(-1)
+        # Rounding may cost the system its definiteness, and steps then end anywhere, or in NaN.
+        found = found.where(left < _squares(first), 0.0)
+    if far.any():
+        some = kept[far]
+        residual = linear(gone[far].sub_(found[far]), system).mul_(some)
+        found[far] += _steps(system, some, residual, enough[far])
+    return torch.addcmul(old, found, unit).mul_(given)
+
+
+def _steps(
+    system: torch.Tensor, kept: torch.Tensor, residual: torch.Tensor, enough: torch.Tensor
+) -> torch.Tensor:
+    """The change [rows, in] that takes |residual|^2 to ``enough`` [rows, 1]; rows that are there cost no more."""
+    found, values = torch.empty_like(residual), torch.zeros_like(residual)
+    step, residual, size = residual.clone(), residual.clone(), _squares(residual)
+    rows = torch.arange(len(residual), device=residual.device)
     for _ in range(_STEPS):
         going = (size > enough).squeeze(-1)
         if not going.any():
@@ -161,14 +186,19 @@ def _conjugate_gradients(
             found[rows] = values
             rows, values, kept, residual = rows[going], values[going], kept[going], residual[going]
             step, size, enough = step[going], size[going], enough[going]
-        image = linear(step, system).mul_(kept)
+        image = _product(step, system).mul_(kept)
         length = size / (step * image).sum(-1, keepdim=True).clamp_min(_TINY)
         values.addcmul_(length, step)
         residual.addcmul_(length, image, value=-1)
         before, size = size, _squares(residual)
         step.mul_(size / before.clamp_min(_TINY)).add_(residual)
     found[rows] = values
-    return torch.addcmul(old, found, unit).mul_(given)
+    return found
+
+
+def _product(rows: torch.Tensor, system: torch.Tensor) -> torch.Tensor:
+    """rows times the symmetric system, fp32."""
+    return linear(rows.to(system.dtype), system).float()
 
 
 def _squares(rows: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@
 Everything is set on instances (their ``forward``) or under names of our own (an attention function
 ``sparc3_sdpa`` that calls ``sdpa``); no class and no existing registry entry is touched. On the reference
 backend the forward runs the model's own code, so logits are unchanged to the last bit; elsewhere they agree to
-rounding: on the CPU large fp32 linears, on a GPU norms, gated products and attention (sparc3.fused) run in kernels.
+rounding: on the CPU large fp32 linears and attention of 16 bit, on a GPU norms, gated products and attention
+(sparc3.fused) run in kernels.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from sparc3_kernels.backend import forced
 from sparc3_kernels.gated_mlp import gated_product
 from sparc3_kernels.norm import layer_norm_backward, rms_norm_backward
 from sparc3_kernels.triton_support import fused
@@ -231,6 +233,12 @@ def _attention(model: PreTrainedModel, family: Family, rule: Rule, in_triton: bo
                 module._sparc3_scales = scales
 
 
+def _slow_backward(query: torch.Tensor) -> bool:
+    """Whether sdpa's backward is several times faster in fp32: torch's for a CPU, in 16 bit."""
+    sixteen_bit = query.dtype in (torch.bfloat16, torch.float16)
+    return query.device.type == "cpu" and sixteen_bit and forced() != "reference"
+
+
 def _register_attention(implementation: str) -> str:
     """Register an attention function of our own that scales the gradients of q, k, v and calls the given one."""
     if implementation.startswith(_ATTENTION_PREFIX):
@@ -256,6 +264,10 @@ def _register_attention(implementation: str) -> str:
             watch(query, key, value)
         scales = getattr(module, "_sparc3_scales", (1.0, 1.0, 1.0))
         scaled = (scale_gradient(x, scale) for x, scale in zip((query, key, value), scales, strict=True))
+        if implementation == "sdpa" and _slow_backward(query):
+            wide = mask.float() if isinstance(mask, torch.Tensor) and mask.is_floating_point() else mask
+            out, weights = function(module, *(x.float() for x in scaled), wide, **kwargs)
+            return out.to(query.dtype), weights
         return function(module, *scaled, mask, **kwargs)
 
     AttentionInterface.register(name, attention)

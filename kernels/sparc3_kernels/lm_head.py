@@ -22,11 +22,13 @@ from torch import Tensor
 
 from sparc3_kernels import triton_support as support
 from sparc3_kernels.backend import choose
+from sparc3_kernels.linear import input_gradient, linear
 from sparc3_kernels.triton_support import jit, tl
 
 TARGETS = ("logit", "logit-mean", "logprob")
-# Logits in flight, in elements: 128 MiB in bf16, enough rows of 262,144 words to fill a matrix product.
-_CHUNK = 1 << 26
+# Logits in flight, in elements: on a GPU 128 MiB in bf16, enough rows of 262,144 words to fill a matrix product; a
+# CPU's are full with fewer.
+_CHUNK, _CHUNK_ON_CPU = 1 << 26, 1 << 24
 _BLOCK = 4096  # words a step
 
 
@@ -35,23 +37,27 @@ _BLOCK = 4096  # words a step
 
 def logits_gradient_reference_(z: Tensor, labels: Tensor, target: str, softcap: float) -> Tensor:
     """Replace logits z [T, V] by their gradients; returns the values [T]. In at least fp32."""
-    wide = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
-    capped = softcap * torch.tanh(wide / softcap) if softcap else wide
-    explained = labels >= 0
+    wide = z if z.dtype == torch.float64 else z.float()
+    capped = torch.tanh(wide / softcap).mul_(softcap) if softcap else wide
+    slope = 1.0 - (capped / softcap).square() if softcap else None
     index = labels.clamp(min=0)[:, None]
-    value = capped.gather(1, index).squeeze(1)
-    gradient = torch.zeros_like(capped)
-    if target == "logit-mean":
-        value = value - capped.mean(1)
-        gradient -= 1.0 / z.shape[1]
-    elif target == "logprob":
-        value = value - torch.logsumexp(capped, 1)
-        gradient -= torch.softmax(capped, 1)
-    gradient.scatter_add_(1, index, torch.ones_like(value)[:, None])
-    if softcap:
-        gradient *= 1.0 - (capped / softcap).square()
-    z.copy_(gradient * explained[:, None])
-    return torch.where(explained, value, 0.0)
+    # Of minus the value, so that probabilities need not be negated.
+    if target == "logprob":
+        gradient = torch.log_softmax(capped, 1)
+        value = gradient.gather(1, index)
+        gradient.exp_()
+    elif target == "logit-mean":
+        value = capped.gather(1, index) - capped.mean(1, keepdim=True)
+        gradient = torch.full_like(capped, 1.0 / z.shape[1])
+    else:
+        value = capped.gather(1, index)
+        gradient = torch.zeros_like(capped)
+    gradient.scatter_add_(1, index, -torch.ones_like(value))
+    if slope is not None:
+        gradient.mul_(slope)
+    explained = (labels >= 0)[:, None]
+    torch.mul(gradient, -explained.to(gradient.dtype), out=z)
+    return torch.where(explained, value, 0.0).squeeze(1)
 
 
 # ---- Triton
@@ -146,12 +152,12 @@ def _lm_head_target(
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     value = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
     gradient = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    rows = max(1, _CHUNK // weight.shape[0])
+    rows = max(1, (_CHUNK_ON_CPU if hidden.device.type == "cpu" else _CHUNK) // weight.shape[0])
     for start in range(0, len(hidden), rows):
         some = slice(start, start + rows)
-        z = hidden[some] @ weight.T
+        z = linear(hidden[some], weight)
         value[some] = run(z, labels[some].contiguous(), target, softcap)
-        torch.mm(z, weight, out=gradient[some])
+        gradient[some] = input_gradient(z, weight)
     return value, gradient
 
 

@@ -12,7 +12,8 @@ fp32,
 W is not needed: |W * g| = |W| |g|, so the caller multiplies by W, |W| or W^2 once at the end.
 
 signed and token-square are one GEMM over all tokens. The CPU library multiplies squares that it forms while it packs
-its operands; `make bench` times it beside torch. abs and square need the sum of each sample by itself: the library
+its operands; `make bench` times it beside torch. Where the CPU multiplies bf16 faster, squares of bf16 operands are
+rounded to bf16 once more and torch multiplies them. abs and square need the sum of each sample by itself: the library
 keeps a register tile per sample and reads and writes acc once per 256 tokens, up to `NATIVE_TOKENS` tokens a sample.
 Above that a GEMM per sample into a buffer is faster (one core of a Xeon with AVX-512, GFLOP/s, 2048 x 2048: 199
 against 157 for the GEMM at 128 tokens, 186 against 182 at 256, 164 against 192 at 512).
@@ -31,6 +32,7 @@ from torch import Tensor
 from sparc3_kernels import native
 from sparc3_kernels import triton_support as support
 from sparc3_kernels.backend import choose
+from sparc3_kernels.linear import multiplies_bf16
 from sparc3_kernels.triton_support import jit, tl
 
 REDUCTIONS = ("signed", "abs", "square", "token-square")
@@ -176,6 +178,12 @@ def _accumulate_native(acc: Tensor, g: Tensor, x: Tensor, reduce: str) -> None:
     )
 
 
+def _accumulate_bf16(acc: Tensor, g: Tensor, x: Tensor) -> None:
+    """token-square of bf16 operands."""
+    g, x = (a.reshape(-1, a.shape[-1]).square() for a in (g, x))
+    acc.add_(torch.mm(g.T, x))
+
+
 # ---- op
 
 torch.library.define(
@@ -192,6 +200,8 @@ def _accumulate(acc: Tensor, g: Tensor, x: Tensor, reduce: str, cu_seqlens: Tens
         return
     if chosen == "triton":
         _accumulate_triton(acc, g, x, reduce, cu_seqlens)
+    elif chosen == "cpu" and _as_bf16(g, reduce):
+        _accumulate_bf16(acc, g, x)
     elif chosen == "cpu" and _in_library(g, reduce, cu_seqlens):
         _accumulate_native(acc, g.contiguous(), x.contiguous(), reduce)
     else:
@@ -202,6 +212,10 @@ def _in_library(g: Tensor, reduce: str, cu_seqlens: Tensor | None) -> bool:
     if reduce == "token-square":
         return True
     return cu_seqlens is None and reduce in native.REDUCTIONS and g.shape[1] <= NATIVE_TOKENS
+
+
+def _as_bf16(g: Tensor, reduce: str) -> bool:
+    return reduce == "token-square" and g.dtype == torch.bfloat16 and multiplies_bf16(g.device)
 
 
 def _unfit_triton(acc: Tensor, g: Tensor, x: Tensor) -> str | None:
@@ -232,7 +246,8 @@ def accumulate_weight_relevance_(
 
     Args:
         acc: [N, K] fp32 (fp64 on the reference backend).
-        g: [S, T, N] relevance or gradient of the layer's output; fp32, bf16 or fp16, summed up in fp32.
+        g: [S, T, N] relevance or gradient of the layer's output; fp32, bf16 or fp16, summed up in fp32 (token-square
+            of bf16 on a CPU that multiplies bf16: in fp32 over the call's tokens, whose sum is rounded to bf16).
         x: [S, T, K] the layer's input, same dtype and device as `g`.
         reduce: one of `REDUCTIONS`.
         cu_seqlens: [S + 1] int32 or int64, ascending from 0 to the number of tokens, on `g`'s device: the samples are

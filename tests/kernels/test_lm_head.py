@@ -38,6 +38,7 @@ def by_autograd(hidden, weight, labels, target, softcap):
 @pytest.mark.parametrize("target", TARGETS)
 def test_value_and_gradient(fused, device, monkeypatch, target, softcap, tokens, words, chunk):
     monkeypatch.setattr(lm_head, "_CHUNK", chunk)
+    monkeypatch.setattr(lm_head, "_CHUNK_ON_CPU", chunk)
     hidden, weight, labels = inputs(tokens, 16, words, torch.float32)
     expected = by_autograd(hidden.double(), weight.double(), labels, target, softcap)
     ours = lm_head_target(hidden.to(device), weight.to(device), labels.to(device), target, softcap)

@@ -158,13 +158,13 @@ def test_the_same_input_gives_the_same_bits():
 
 def test_chunks_of_positions_do_not_matter(monkeypatch):
     model, inputs = build("gemma2", "eager"), batch()
-    value, gradient, sums = run(model, inputs)
+    value, gradient, sums = run(model, inputs, "max-logit")
     monkeypatch.setattr(head, "LOGITS_IN_FLIGHT", 3 * 5 * VOCABULARY)  # 5 of 11 positions at a time
     seen = []
     monkeypatch.setattr(
         head, "explained", lambda logits, *rest: seen.append(logits.shape[1]) or explained(logits, *rest)
     )
-    chunked = run(model, inputs)
+    chunked = run(model, inputs, "max-logit")
     assert seen == [5, 5, 1]
     torch.testing.assert_close(chunked[0], value, rtol=1e-6, atol=1e-5)
     assert relative_error(chunked[1], gradient) <= TOLERANCE

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from sparc3 import reconstruct
 from sparc3.inputs import Inputs
-from sparc3.reconstruct import DAMPING, RIDGE, least_squares, sparsegpt
+from sparc3.reconstruct import _SLACK, DAMPING, RIDGE, TOLERANCE, least_squares, sparsegpt
 
 
 def problem(rows, columns, tokens=400, seed=0, dead=(), outlier=1.0):
@@ -157,6 +158,25 @@ def test_least_squares(rows, columns, tokens):
     if columns > 3:
         alive = kept[:, 3]
         torch.testing.assert_close(values[alive, 3], weight[alive, 3])
+
+
+@pytest.mark.parametrize("damping", [RIDGE, 1e-6])
+def test_what_is_solved_in_bf16_comes_as_close_as_was_asked_for(damping, monkeypatch):
+    monkeypatch.setattr(reconstruct, "multiplies_bf16", lambda device: True)
+    weight, x = problem(40, 300, tokens=3000, dead=(3,), outlier=30.0)
+    # Inputs that say nearly the same: rounded to bf16, the least damped system has eigenvalues below zero.
+    x[:, 100:] = x[:, :1] / 30 + 0.05 * x[:, 100:]
+    kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    values = least_squares(weight, kept, inputs_of(x), damping).double()
+    gram, ridge = gram_of(x).double(), damping * x.square().sum(1).mean().double()
+    unit = (gram.diagonal() + ridge).rsqrt()
+    system = (gram + ridge * torch.eye(300)) * unit * unit[:, None]
+    if damping < RIDGE:
+        assert torch.linalg.eigvalsh(system.bfloat16().double()).min() < 0
+    w = weight.double() / unit
+    residual, asked = (w - values / unit) @ system * kept, w @ system * kept
+    # 1.02: what is asked for is a norm of bf16 products, whose roundings of 2^-9 are independent; fp32 checks it.
+    assert (residual.norm(dim=1) <= 1.02 * math.sqrt(_SLACK) * TOLERANCE * asked.norm(dim=1)).all()
 
 
 def test_least_squares_of_experts_is_that_of_each():
