@@ -24,7 +24,7 @@ _LOGITS_IN_FLIGHT = 1 << 24
 
 
 def load_benchmark_model(name: str, dtype: str = "float32") -> Loaded:
-    """smollm2, gemma3 (fetched and converted once), or anything that sparc3.models.load takes."""
+    """smollm2, gemma3 (fetched and converted once), or anything that sparc3.models.load takes; dtype as there."""
     fetch = {"smollm2": smollm2, "gemma3": gemma3}.get(name)
     return load(fetch() if fetch else name, dtype=dtype)
 

@@ -294,7 +294,8 @@ def main(
 ) -> None:
     """Run the comparison and write its JSON and Markdown to bench/results."""
     for name in model or ["smollm2", "gemma3"]:
-        suffix = "".join(f"-{word}" for word in (text if text != "held-out" else "", apart) if word)
+        words = text if text != "held-out" else "", dtype if dtype != "float32" else "", apart
+        suffix = "".join(f"-{word}" for word in words if word)
         table = Table(name, text, samples, dtype, RESULTS / f"peers-{Path(name).name}{suffix}.json")
         table.run(seed or [0, 1, 2], pattern or list(PATTERNS), only or [], busy)
         Console(width=160).print(markdown(json.loads(table.target.read_text())), markup=False)

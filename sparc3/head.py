@@ -50,7 +50,7 @@ def target_gradient(
     if scored:
         # The head's own relevance is wanted (see sparc3.wrap), and it is reduced over whole samples.
         wanted, chunk = torch.arange(length, device=hidden.device), length
-    value = torch.zeros(samples, device=hidden.device, dtype=torch.float32)
+    value = hidden.new_zeros(samples, dtype=torch.promote_types(hidden.dtype, torch.float32))
     with nullcontext() if scored else _unscored(head):
         for some in wanted.split(chunk):
             with torch.enable_grad():
@@ -73,8 +73,8 @@ def _fused(
     head: Any = blocks.model.get_output_embeddings()
     if target not in FUSED_TARGETS or type(head) is not nn.Linear or head.bias is not None:
         return None
-    # Whoever watches the head, as sparc3.conservation does, is to see its logits.
-    if head._forward_hooks or head._forward_pre_hooks:
+    # Whoever watches the head, as sparc3.conservation does, is to see its logits and their gradients.
+    if any((head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)):
         return None
     on_cpu = head.weight.device.type == "cpu" and forced() != "reference"
     if not (len(wanted) and (on_cpu or fused(head.weight))):

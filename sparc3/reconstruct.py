@@ -15,7 +15,8 @@ less the more tokens there are.
 from __future__ import annotations
 
 import torch
-from sparc3_kernels.linear import linear, multiplies_bf16
+from sparc3_kernels.backend import multiplies_bf16
+from sparc3_kernels.linear import linear
 from sparc3_kernels.select import select_flat, select_nm, select_rows, unpack_bits
 
 from sparc3.inputs import Inputs
@@ -30,8 +31,9 @@ RIDGE = 0.3
 # outputs on other text come no closer), or after so many steps.
 TOLERANCE = 1e-2
 _STEPS, _TINY = 200, 1e-30
-# Of rows solved in bf16, the largest |residual|^2 over what was asked for that is not taken further.
-_SLACK = 2.0
+# Rows solved in bf16 may end at sqrt(_SLACK) times the tolerance; the others go on in fp32. It falls short of smaller
+# tolerances anyway.
+_SLACK, _LEAST_IN_BF16 = 2.0, 1e-3
 _STILL_GOING = 0.8
 
 
@@ -123,7 +125,7 @@ def least_squares(
         kept: [..., out, in] bool.
         inputs: with gram.
         damping: lambda over the mean |x|^2 of a token.
-        tolerance: of the residual, relative to the right-hand side.
+        tolerance: of the residual, relative to the right-hand side; sqrt(2) times as much where it is solved in bf16.
 
     Returns:
         [..., out, in] fp32, zero where not kept. Columns without input keep their values.
@@ -148,34 +150,36 @@ def _conjugate_gradients(
     unit = (gram.diagonal() + ridge).rsqrt()
     system = gram * unit
     system.mul_(unit[:, None]).fill_diagonal_(1.0)
-    rounded = system.bfloat16() if multiplies_bf16(system.device) else None
+    in_bf16 = tolerance >= _LEAST_IN_BF16 and multiplies_bf16(system.device)
+    quick = system.bfloat16() if in_bf16 else system
     kept = given.to(old.dtype)
     gone = old / unit
-    enough = tolerance**2 * _squares(_product(gone, system if rounded is None else rounded).mul_(kept))
-    gone.mul_(1 - kept)
+    enough = tolerance**2 * _squares(_product(gone, quick).mul_(kept))
+    residual = _product(gone.mul_(1 - kept), quick).mul_(kept)
+    before = _squares(residual)
     # The change of the kept values, from zero: where nothing is to be mended they stay as they are, to the last bit.
-    found = torch.zeros_like(old)
-    far = torch.ones(len(old), dtype=torch.bool, device=old.device)
-    if rounded is not None:
-        first = _product(gone, rounded).mul_(kept)
-        found = _steps(rounded, kept, first, enough)
-        left = _squares(linear(gone - found, system).mul_(kept))
-        far = ~(left <= _SLACK * enough).squeeze(-1)
+    change = _steps(quick, kept, residual, enough)
+    if in_bf16:
+        left = _squares(linear(gone - change, system).mul_(kept))
         # Rounding may cost the system its definiteness, and steps then end anywhere, or in NaN.
-        found = found.where(left < _squares(first), 0.0)
-    if far.any():
-        some = kept[far]
-        residual = linear(gone[far].sub_(found[far]), system).mul_(some)
-        found[far] += _steps(system, some, residual, enough[far])
-    return torch.addcmul(old, found, unit).mul_(given)
+        change.masked_fill_(~(left < before), 0.0)
+        far = ~(left <= _SLACK * enough).squeeze(-1)
+        if far.any():
+            some = kept[far]
+            residual = linear(gone[far].sub_(change[far]), system).mul_(some)
+            change[far] += _steps(system, some, residual, enough[far])
+    return torch.addcmul(old, change, unit).mul_(given)
 
 
 def _steps(
     system: torch.Tensor, kept: torch.Tensor, residual: torch.Tensor, enough: torch.Tensor
 ) -> torch.Tensor:
-    """The change [rows, in] that takes |residual|^2 to ``enough`` [rows, 1]; rows that are there cost no more."""
+    """The change [rows, in] that takes |residual|^2 to ``enough`` [rows, 1]; rows that are there cost no more.
+
+    ``residual`` is used up.
+    """
     found, values = torch.empty_like(residual), torch.zeros_like(residual)
-    step, residual, size = residual.clone(), residual.clone(), _squares(residual)
+    step, size = residual.clone(), _squares(residual)
     rows = torch.arange(len(residual), device=residual.device)
     for _ in range(_STEPS):
         going = (size > enough).squeeze(-1)

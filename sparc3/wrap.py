@@ -3,8 +3,8 @@
 Everything is set on instances (their ``forward``) or under names of our own (an attention function
 ``sparc3_sdpa`` that calls ``sdpa``); no class and no existing registry entry is touched. On the reference
 backend the forward runs the model's own code, so logits are unchanged to the last bit; elsewhere they agree to
-rounding: on the CPU large fp32 linears and attention of 16 bit, on a GPU norms, gated products and attention
-(sparc3.fused) run in kernels.
+rounding: on the CPU large fp32 linears run in kernels and short attention of 16 bit in fp32, on a GPU norms, gated
+products and attention (sparc3.fused) run in kernels.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from sparc3.families import Family, Prunable, activation_name, blocks_of, family
 from sparc3.rules import Rule
 
 _ATTENTION_PREFIX = "sparc3_"
+# Tokens up to which sdpa is faster in fp32 than in bf16 on a CPU: 1.8 times at 128, 0.6 times at 192 (one thread of a
+# Xeon with AMX, 8 heads of 64, forward and backward).
+_SHORT = 128
 
 
 @contextmanager
@@ -233,14 +236,19 @@ def _attention(model: PreTrainedModel, family: Family, rule: Rule, in_triton: bo
                 module._sparc3_scales = scales
 
 
-def _slow_backward(query: torch.Tensor) -> bool:
-    """Whether sdpa's backward is several times faster in fp32: torch's for a CPU, in 16 bit."""
+def _faster_in_fp32(query: torch.Tensor) -> bool:
+    """Whether torch's sdpa for a CPU goes forward and back faster in fp32 than in its 16 bit.
+
+    Whether there is a graph has no say: a block that is run again is to give the same bits.
+    """
     sixteen_bit = query.dtype in (torch.bfloat16, torch.float16)
-    return query.device.type == "cpu" and sixteen_bit and forced() != "reference"
+    short = query.shape[-2] <= _SHORT
+    return query.device.type == "cpu" and sixteen_bit and short and forced() != "reference"
 
 
 def _register_attention(implementation: str) -> str:
-    """Register an attention function of our own that scales the gradients of q, k, v and calls the given one."""
+    """Register an attention function of our own that scales the gradients of q, k, v and calls the given one, in fp32
+    where that is faster."""
     if implementation.startswith(_ATTENTION_PREFIX):
         return implementation
     name = _ATTENTION_PREFIX + implementation
@@ -264,7 +272,7 @@ def _register_attention(implementation: str) -> str:
             watch(query, key, value)
         scales = getattr(module, "_sparc3_scales", (1.0, 1.0, 1.0))
         scaled = (scale_gradient(x, scale) for x, scale in zip((query, key, value), scales, strict=True))
-        if implementation == "sdpa" and _slow_backward(query):
+        if implementation == "sdpa" and _faster_in_fp32(query):
             wide = mask.float() if isinstance(mask, torch.Tensor) and mask.is_floating_point() else mask
             out, weights = function(module, *(x.float() for x in scaled), wide, **kwargs)
             return out.to(query.dtype), weights

@@ -48,6 +48,19 @@ def forced() -> str | None:
     return _forced or os.environ.get("SPARC3_BACKEND")
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether torch multiplies bf16 in a fraction of the time of fp32 there: on tensor cores, AMX or AVX512_BF16.
+
+    False on the reference backend, and where the CPU library is not there or is held to a lesser instruction set.
+    """
+    if forced() == "reference":
+        return False
+    if device.type == "cpu":
+        has = native.missing() is None and native.library().sparc3_isa() == b"avx512bf16"
+        return has and torch.backends.mkldnn.is_available()
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Force backend `name` on every op within the `with` block, in every thread.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparc3_kernels import native
-from sparc3_kernels.backend import choose, forced
+from sparc3_kernels.backend import choose
 
 FEW_TOKENS = 32
 # Elements of a weight below which MKL is faster: it lies in the cache then.
@@ -141,18 +141,6 @@ def input_gradient(g: Tensor, w: Tensor) -> Tensor:
     _check(g, w, len(w))
     result: Tensor = torch.ops.sparc3.input_gradient(g, w)
     return result
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bf16 in a fraction of the time of fp32: on tensor cores, AMX or AVX512_BF16.
-
-    False on the reference backend.
-    """
-    if forced() == "reference":
-        return False
-    if device.type == "cpu":
-        return native.missing() is None and native.library().sparc3_isa() == b"avx512bf16"
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def _check(a: Tensor, w: Tensor, width: int) -> None:

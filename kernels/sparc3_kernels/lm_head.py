@@ -39,7 +39,7 @@ def logits_gradient_reference_(z: Tensor, labels: Tensor, target: str, softcap: 
     """Replace logits z [T, V] by their gradients; returns the values [T]. In at least fp32."""
     wide = z if z.dtype == torch.float64 else z.float()
     capped = torch.tanh(wide / softcap).mul_(softcap) if softcap else wide
-    slope = 1.0 - (capped / softcap).square() if softcap else None
+    slope = (capped / softcap).square_().neg_().add_(1.0) if softcap else None
     index = labels.clamp(min=0)[:, None]
     # Of minus the value, so that probabilities need not be negated.
     if target == "logprob":

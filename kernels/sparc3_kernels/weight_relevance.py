@@ -31,8 +31,7 @@ from torch import Tensor
 
 from sparc3_kernels import native
 from sparc3_kernels import triton_support as support
-from sparc3_kernels.backend import choose
-from sparc3_kernels.linear import multiplies_bf16
+from sparc3_kernels.backend import choose, multiplies_bf16
 from sparc3_kernels.triton_support import jit, tl
 
 REDUCTIONS = ("signed", "abs", "square", "token-square")
@@ -181,7 +180,9 @@ def _accumulate_native(acc: Tensor, g: Tensor, x: Tensor, reduce: str) -> None:
 def _accumulate_bf16(acc: Tensor, g: Tensor, x: Tensor) -> None:
     """token-square of bf16 operands."""
     g, x = (a.reshape(-1, a.shape[-1]).square() for a in (g, x))
-    acc.add_(torch.mm(g.T, x))
+    rows = max(1, _BUFFER_CPU // max(1, acc.shape[1]))
+    for part, g_part in zip(acc.split(rows), g.split(rows, dim=1), strict=True):
+        part.add_(torch.mm(g_part.T, x))
 
 
 # ---- op

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from interpreter import DEVICE
 
 IMPLEMENTATIONS = ("reference", "cpu-portable", "cpu-avx2", "cpu-avx512")
-# Instruction sets that only the packed weights have kernels for.
+# Instruction sets that only the packed weights have kernels for; the last, on which torch multiplies bf16.
 PACKED_IMPLEMENTATIONS = (*IMPLEMENTATIONS, "cpu-avx512vbmi2", "cpu-avx512bf16")
 FUSED = ("reference", "triton")
 
@@ -51,7 +51,7 @@ def packed_implementation(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=(*IMPLEMENTATIONS, "triton"))
+@pytest.fixture(params=(*IMPLEMENTATIONS, "cpu-avx512bf16", "triton"))
 def implementation_or_triton(request: pytest.FixtureRequest) -> Iterator[str]:
     """The same, and the Triton kernels."""
     with forced(request.param):

@@ -10,7 +10,7 @@ from oracle import weight_gradients
 from sparc3_kernels import backend
 from sparc3_kernels.backend import unavailable
 from sparc3_kernels.lm_head import lm_head_target
-from tiny import _GATED, batch, build, singles, state
+from tiny import _GATED, VOCABULARY, batch, build, singles, state
 from transformers import AutoModelForCausalLM, GraniteConfig
 
 from sparc3 import families, head
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.skipif(unavailable("triton") is not None, reason=str(un
 # What each adds: grouped heads; a window in every layer; q- and k-norms; weights 1 + w, soft-caps and a window in
 # half of the layers; gate and up in one linear; LayerNorm and ReLU with biases.
 FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "phi3", "opt"]
-
 
 needs_library = pytest.mark.skipif(unavailable("cpu") is not None, reason=str(unavailable("cpu")))
 BACKENDS = ["triton", pytest.param("cpu", marks=needs_library)]
@@ -139,16 +138,28 @@ def test_the_target_runs_in_one_op(runs, name, target, positions, monkeypatch):
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
 @pytest.mark.parametrize("runs", BACKENDS)
-def test_whoever_watches_the_head_sees_its_logits(runs, monkeypatch):
+def test_whoever_watches_the_head_sees_its_logits(runs, hook, monkeypatch):
     model, inputs = on_device("llama", device_of(runs))
     seen = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda *args: seen.append(args[2].shape))
+    handle = getattr(model.get_output_embeddings(), hook)(lambda *args: seen.append(args[-1][0].shape))
     mine, exact, calls = targets_of(model, inputs, "logit", "all", monkeypatch, runs)
     handle.remove()
     assert not calls
     assert seen
-    assert all(shape[-1] == model.config.vocab_size for shape in seen)
+    assert len({shape[-1] for shape in seen}) == 1
+    assert seen[0][-1] == (
+        model.config.hidden_size if "pre_hook" in hook and "forward" in hook else VOCABULARY
+    )
     for one, other in zip(mine, exact, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
 
